@@ -1,0 +1,205 @@
+"""Fused kernels: the loop nests that printers print word for word. Every decision has been taken when these exist.
+
+Grammar::
+
+    kernel = kernel outs(values) { stmt... }
+    stmt   = nest (axes: role) { stmt... }       # loops, outermost first
+           | let name = expr                     # a scalar, visible until the end of the enclosing nest
+           | fold (axes: role) name = kind expr  # reductions side by side over the same axes; names visible afterwards
+           | write mode buffer[address] = expr   # address in elements from the buffer's first element
+           | scratch name[size]                  # memory private to one iteration of the enclosing nest
+
+Roles: ``parallel`` iterations are independent and may run on different threads; ``serial`` run in order;
+``simd`` iterations are independent and run in lanes. A ``simd`` nest that contains a ``fold`` or a nested nest is
+executed in strips: every statement runs for all lanes of a strip before the next statement begins, and its locals are
+one value per lane.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from enum import Enum
+
+import sympy
+
+from dcompile.ir import expr as ex
+from dcompile.ir.nodes import Axis, Node, rename_loads
+from dcompile.ir.types import DType, Size, Value
+
+
+class Role(Enum):
+    PARALLEL = "parallel"
+    SERIAL = "serial"
+    SIMD = "simd"
+
+
+@dataclass(frozen=True)
+class Nest:
+    """Loops over ``axes``, outermost first, each with its role, around ``body``."""
+
+    axes: tuple[Axis, ...]
+    roles: tuple[Role, ...]
+    body: tuple[Stmt, ...]
+
+
+@dataclass(frozen=True)
+class Let:
+    name: str
+    expr: ex.Expr
+
+
+@dataclass(frozen=True)
+class Accumulator:
+    """One reduction of a Fold: ``name = fold kind of expr``; kind is one of ``ops.REDUCTIONS``, the accumulator has
+    ``expr.dtype`` (i64 for arg kinds, whose position counts the fold's axes row-major)."""
+
+    name: str
+    kind: str
+    expr: ex.Expr
+
+    @property
+    def dtype(self) -> DType:
+        return DType.I64 if self.kind in ("argmax", "argmin") else self.expr.dtype
+
+
+@dataclass(frozen=True)
+class Fold:
+    """Reductions side by side over the same axes. ``lets`` are evaluated first in each iteration and shared by all;
+    ``writes`` happen in each iteration, after the lets."""
+
+    axes: tuple[Axis, ...]
+    roles: tuple[Role, ...]
+    accumulators: tuple[Accumulator, ...]
+    lets: tuple[Let, ...] = ()
+    writes: tuple[Write, ...] = ()
+
+
+@dataclass(frozen=True)
+class Write:
+    """``buffer[address] = expr`` (``set``) or ``+= expr`` (``add``: repeated addresses accumulate, also across threads).
+
+    ``bind`` as in ``ir.expr``: ``q0..`` inside ``address``.
+    """
+
+    buffer: str
+    address: sympy.Expr
+    expr: ex.Expr
+    bind: tuple[ex.Expr, ...] = ()
+    mode: str = "set"
+
+
+@dataclass(frozen=True)
+class Scratch:
+    """Memory of ``size`` elements private to one iteration of the enclosing nest (of the kernel at top level)."""
+
+    name: str
+    dtype: DType
+    size: int
+
+
+Stmt = Nest | Let | Fold | Write | Scratch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kernel(Node):
+    """A fused loop nest.
+
+    Attributes:
+        outs: values it writes. Buffers it reads are its ``operands``.
+        body: statements.
+        targets: for each out the operand it is the next version of (``Store``), or None for a fresh buffer.
+        inplace: pairs (out, operand) where the out may take the operand's memory when the operand dies here: each
+            iteration reads the operand only at the address it writes, before writing it.
+    """
+
+    outs: tuple[Value, ...]
+    body: tuple[Stmt, ...]
+    targets: tuple[str | None, ...] = ()
+    inplace: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def defs(self) -> tuple[Value, ...]:
+        return self.outs
+
+    @property
+    def operands(self) -> tuple[str, ...]:
+        """Targets first, then loaded buffers; values the kernel itself writes or keeps in scratch are not operands."""
+        own = {out.name for out in self.outs} | {s.name for s in statements(self.body) if isinstance(s, Scratch)}
+        names = [t for t in self.targets if t is not None]
+        names += [load.buffer for e in expressions(self.body) for load in ex.loads(e)]
+        return tuple(name for name in dict.fromkeys(names) if name not in own)
+
+    @property
+    def mutates(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(t for t in self.targets if t is not None))
+
+    @property
+    def has_effect(self) -> bool:
+        return bool(self.mutates)
+
+    def rename(self, names: dict[str, str]) -> Kernel:
+        return replace(
+            self,
+            body=tuple(_rename(s, names) for s in self.body),
+            targets=tuple(names.get(t, t) if t else t for t in self.targets),
+            inplace=tuple((out, names.get(operand, operand)) for out, operand in self.inplace),
+        )
+
+
+def statements(body: tuple[Stmt, ...]) -> Iterator[Stmt]:
+    """All statements, outer before inner, the lets and writes of folds included."""
+    for stmt in body:
+        yield stmt
+        if isinstance(stmt, Nest):
+            yield from statements(stmt.body)
+        elif isinstance(stmt, Fold):
+            yield from stmt.lets
+            yield from stmt.writes
+
+
+def expressions(body: tuple[Stmt, ...]) -> Iterator[ex.Expr]:
+    """All scalar expressions in ``body``."""
+    for stmt in statements(body):
+        if isinstance(stmt, Let):
+            yield stmt.expr
+        elif isinstance(stmt, Fold):
+            yield from (acc.expr for acc in stmt.accumulators)
+        elif isinstance(stmt, Write):
+            yield stmt.expr
+            yield from stmt.bind
+
+
+def extents(body: tuple[Stmt, ...]) -> dict[sympy.Symbol, Size]:
+    """Every loop variable of ``body`` with its extent."""
+    found: dict[sympy.Symbol, Size] = {}
+    for stmt in statements(body):
+        if isinstance(stmt, Nest | Fold):
+            found.update(stmt.axes)
+    return found
+
+
+def _rename(stmt: Stmt, names: dict[str, str]) -> Stmt:
+    if isinstance(stmt, Nest):
+        return replace(stmt, body=tuple(_rename(s, names) for s in stmt.body))
+    if isinstance(stmt, Let):
+        return replace(stmt, expr=rename_loads(stmt.expr, names))
+    if isinstance(stmt, Fold):
+        return replace(
+            stmt,
+            accumulators=tuple(replace(a, expr=rename_loads(a.expr, names)) for a in stmt.accumulators),
+            lets=tuple(replace(s, expr=rename_loads(s.expr, names)) for s in stmt.lets),
+            writes=tuple(_rename_write(w, names) for w in stmt.writes),
+        )
+    if isinstance(stmt, Write):
+        return _rename_write(stmt, names)
+    return stmt
+
+
+def _rename_write(write: Write, names: dict[str, str]) -> Write:
+    return replace(
+        write,
+        buffer=names.get(write.buffer, write.buffer),
+        expr=rename_loads(write.expr, names),
+        bind=tuple(rename_loads(b, names) for b in write.bind),
+    )

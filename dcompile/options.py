@@ -1,0 +1,94 @@
+"""Per-compile options. This module is the only reader of the environment."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from dcompile.errors import DCompileError
+
+SHOWABLE = frozenset({"passes", "ir", "code", "verdicts", "memory", "timeline"})
+
+
+def default_cache_dir() -> Path:
+    """``$DCOMPILE_CACHE_DIR``, else ``$XDG_CACHE_HOME/dcompile``, else ``~/.cache/dcompile``."""
+    if chosen := os.environ.get("DCOMPILE_CACHE_DIR"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dcompile"
+
+
+@dataclass(frozen=True)
+class Options:
+    """Everything that can change what a compile produces or shows.
+
+    Attributes:
+        eager_ops: ATen op names (``"aten.exp.default"`` or ``"exp"``) that stay library calls.
+        skip: pass names of ``pipeline.PASSES`` to leave out (only passes marked optional).
+        show: what to print to stderr while compiling; a subset of ``SHOWABLE``.
+        dump_dir: folder that receives one sub-folder a rank with every stage as text; None for no dump.
+        cache_dir: folder of compiled artifacts; None compiles into a private temporary folder.
+        bucket_bytes: largest gradient bucket one all-reduce carries, in bytes; None lets the cost model choose.
+        in_flight_bytes: most bytes of collectives in flight at once.
+        deadline_s: longest wait on another rank, in seconds.
+        verify_cross_rank: exchange plan fingerprints between ranks before the first launch.
+        cxx: C++ compiler command; None searches ``$CXX``, ``g++``, ``clang++``.
+        timeline: record start and end of every step at run time.
+    """
+
+    eager_ops: frozenset[str] = frozenset()
+    skip: frozenset[str] = frozenset()
+    show: frozenset[str] = frozenset()
+    dump_dir: Path | None = None
+    cache_dir: Path | None = None
+    bucket_bytes: int | None = None
+    in_flight_bytes: int = 256 * 2**20
+    deadline_s: float = 300.0
+    verify_cross_rank: bool = True
+    cxx: str | None = None
+    timeline: bool = False
+
+    @staticmethod
+    def from_env(overrides: Mapping[str, Any] | None = None) -> Options:
+        """Options of the environment (``DCOMPILE_SHOW=passes,ir``, ``DCOMPILE_SKIP=overlap``, ``DCOMPILE_BUCKET_BYTES=…``) with ``overrides`` on top.
+
+        Raises:
+            DCompileError: an unknown option name, or a value that cannot be read, naming both.
+        """
+        values: dict[str, Any] = {"cache_dir": default_cache_dir(), "cxx": os.environ.get("CXX") or None}
+        for field in fields(Options):
+            text = os.environ.get("DCOMPILE_" + {"dump_dir": "DUMP"}.get(field.name, field.name.upper()))
+            if text is not None and field.name != "cache_dir":
+                values[field.name] = _parse(field.name, text)
+        known = {field.name for field in fields(Options)}
+        for name, value in (overrides or {}).items():
+            if name not in known:
+                raise DCompileError(f"unknown option {name!r}; the options are {', '.join(sorted(known))}")
+            values[name] = frozenset(value) if name in ("eager_ops", "skip", "show") else value
+        options = replace(Options(), **values)
+        if unknown := options.show - SHOWABLE:
+            raise DCompileError(f"cannot show {', '.join(sorted(unknown))}; choose from {', '.join(sorted(SHOWABLE))}")
+        return options
+
+    def affects_code(self) -> tuple[object, ...]:
+        """The part of the options that changes generated programs; part of every cache key."""
+        return (sorted(self.eager_ops), sorted(self.skip), self.bucket_bytes, self.in_flight_bytes)
+
+
+def _parse(name: str, text: str) -> Any:
+    try:
+        if name in ("eager_ops", "skip", "show"):
+            return frozenset(part.strip() for part in text.split(",") if part.strip())
+        if name == "dump_dir":
+            return Path(text)
+        if name in ("bucket_bytes", "in_flight_bytes"):
+            return int(text)
+        if name == "deadline_s":
+            return float(text)
+        if name in ("verify_cross_rank", "timeline"):
+            return {"0": False, "1": True, "false": False, "true": True}[text.lower()]
+        return text
+    except (ValueError, KeyError):
+        raise DCompileError(f"environment variable DCOMPILE_{name.upper()}={text!r} cannot be read") from None
