@@ -92,3 +92,11 @@ def _parse(name: str, text: str) -> Any:
         return text
     except (ValueError, KeyError):
         raise DCompileError(f"environment variable DCOMPILE_{name.upper()}={text!r} cannot be read") from None
+
+
+def process_rank() -> int:
+    """This process's rank as its launcher states it (``$RANK``), 0 when it was started alone.
+
+    For naming folders and choosing who prints; never for anything that decides what is compiled.
+    """
+    return int(os.environ.get("RANK", "0"))

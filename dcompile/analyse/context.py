@@ -1,0 +1,28 @@
+"""What passes are handed besides the graph: the options, the prices, and a place to leave reasons."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from dcompile.analyse.cost import CostModel
+from dcompile.options import Options
+from dcompile.plan import Verdict
+
+
+@dataclass
+class Context:
+    """Handed from pass to pass during one compile; never ambient.
+
+    Attributes:
+        options: the compile's options.
+        costs: prices of kernels, library calls and collectives, in microseconds.
+        verdicts: decisions so far, in the order they were taken.
+    """
+
+    options: Options
+    costs: CostModel
+    verdicts: list[Verdict] = field(default_factory=list)
+
+    def verdict(self, stage: str, subject: str, decision: str, reason: str) -> None:
+        """Record what ``stage`` decided about ``subject`` and why; shown by ``DCOMPILE_SHOW=verdicts``."""
+        self.verdicts.append(Verdict(stage, subject, decision, reason))

@@ -1,0 +1,194 @@
+"""What must come before what: by storage and program order, the in-flight rules of collectives included."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from dcompile.analyse.alias import Footprint, footprints, storage_roots
+from dcompile.collectives.nodes import Start, Wait
+from dcompile.ir.graph import Graph
+from dcompile.ir.nodes import Extern, Node, View
+
+
+def predecessors(graph: Graph) -> tuple[frozenset[int], ...]:
+    """Direct predecessors of each node, as positions in program order.
+
+    An order that respects them all behaves like program order:
+
+    - a name is defined before it is read;
+    - per storage: reads follow the write before them, writes follow the reads and the write before them;
+    - a Wait counts as another read of its collective's sources (in place: another write), so no write of the sources
+      (in place: no touch) moves into the flight;
+    - launches of one group keep their order, so that all ranks launch in one order;
+    - library calls with effects keep their order; nothing passes a barrier.
+
+    Time is linear in nodes and operands, except around barriers, which depend on every node since the last one.
+    """
+    tables = _Tables()
+    roots = storage_roots(graph)
+    found: list[frozenset[int]] = []
+    for position, node in enumerate(graph.nodes):
+        reads, writes = touched_roots(graph, node, roots)
+        before = {graph.producer[name] for name in node.operands if name in graph.producer}
+        before |= tables.memory(position, reads, writes)
+        before |= tables.sequence(position, node)
+        before.discard(position)
+        found.append(frozenset(before))
+    return tuple(found)
+
+
+def touched_roots(graph: Graph, node: Node, roots: dict[str, str]) -> tuple[set[str], set[str]]:
+    """Storages ``node`` reads and storages it writes, by root; what it defines counts as written.
+
+    A Wait reads its collective's sources, in place it writes them.
+    """
+    writes = {roots[name] for name in node.mutates}
+    if isinstance(node, Wait):
+        reads = {roots[name] for name in graph.nodes[graph.producer[node.pending]].operands}
+        writes |= {roots[out.name] for out in node.outs}
+    elif isinstance(node, Start):
+        reads = {roots[name] for name in node.operands}
+    else:
+        reads = {roots[name] for name in node.operands}
+        owned = (item.name for item in node.defs)
+        writes |= {roots[name] for name in owned if roots[name] not in reads}
+    return reads - writes, writes
+
+
+@dataclass
+class _Tables:
+    """Last writers and the readers since, per storage; last of each ordered sequence."""
+
+    writer: dict[str, int] = field(default_factory=dict)
+    readers: dict[str, list[int]] = field(default_factory=dict)
+    launch: dict[str, int] = field(default_factory=dict)
+    effect: int | None = None
+    barrier: int | None = None
+    since_barrier: list[int] = field(default_factory=list)
+
+    def memory(self, position: int, reads: set[str], writes: set[str]) -> set[int]:
+        before: set[int] = set()
+        for root in reads | writes:
+            if root in self.writer:
+                before.add(self.writer[root])
+        for root in reads:
+            self.readers.setdefault(root, []).append(position)
+        for root in writes:
+            before.update(self.readers.pop(root, ()))
+            self.writer[root] = position
+        return before
+
+    def sequence(self, position: int, node: Node) -> set[int]:
+        before: set[int] = set()
+        if self.barrier is not None:
+            before.add(self.barrier)
+        if isinstance(node, Start):
+            if node.group.label in self.launch:
+                before.add(self.launch[node.group.label])
+            self.launch[node.group.label] = position
+        if isinstance(node, Extern) and (node.effect or node.barrier):
+            if self.effect is not None:
+                before.add(self.effect)
+            self.effect = position
+        if isinstance(node, Extern) and node.barrier:
+            before.update(self.since_barrier)
+            self.barrier, self.since_barrier = position, []
+        else:
+            self.since_barrier.append(position)
+        return before
+
+
+def is_legal(graph: Graph, order: Sequence[int]) -> bool:
+    """Whether executing the nodes in ``order`` (positions in program order) gives what program order gives, safely.
+
+    Decided by running ``order`` over a model of memory rather than by ``predecessors``: every access must find its
+    storage in the same state (number of writes so far) as in program order, nobody may touch bytes that a collective
+    in flight forbids, launches of a group, effects and barriers must keep their places. Program order itself is illegal
+    when it touches a buffer in flight.
+    """
+    if sorted(order) != list(range(len(graph.nodes))):
+        return False
+    roots, prints = storage_roots(graph), footprints(graph)
+    accesses = [touched_roots(graph, node, roots) for node in graph.nodes]
+    expected = _epochs(range(len(graph.nodes)), accesses)
+    return (
+        _defined_before_use(graph, order)
+        and _epochs(order, accesses) == expected
+        and _sequences(graph, order) == _sequences(graph, range(len(graph.nodes)))
+        and _respects_flights(graph, order, prints)
+    )
+
+
+def _defined_before_use(graph: Graph, order: Sequence[int]) -> bool:
+    known = set(graph.input_names)
+    for position in order:
+        node = graph.nodes[position]
+        if any(name not in known for name in node.operands):
+            return False
+        known.update(item.name for item in node.defs)
+    return graph.output_names <= known
+
+
+def _epochs(order: Sequence[int], accesses: list[tuple[set[str], set[str]]]) -> dict[tuple[int, str], int]:
+    """For each access (node, storage) how many writes of the storage came before it."""
+    count: dict[str, int] = {}
+    found: dict[tuple[int, str], int] = {}
+    for position in order:
+        reads, writes = accesses[position]
+        for root in reads | writes:
+            found[position, root] = count.get(root, 0)
+        for root in writes:
+            count[root] = count.get(root, 0) + 1
+    return found
+
+
+def _sequences(graph: Graph, order: Sequence[int]) -> object:
+    """Everything that must come in one fixed sequence: launches by group, effects, and the nodes between barriers."""
+    launches: dict[str, list[int]] = {}
+    effects: list[int] = []
+    stretches: list[set[int]] = [set()]
+    for position in order:
+        node = graph.nodes[position]
+        if isinstance(node, Start):
+            launches.setdefault(node.group.label, []).append(position)
+        if isinstance(node, Extern) and (node.effect or node.barrier):
+            effects.append(position)
+        if isinstance(node, Extern) and node.barrier:
+            stretches += [{position}, set()]
+        else:
+            stretches[-1].add(position)
+    return launches, effects, stretches
+
+
+def _respects_flights(graph: Graph, order: Sequence[int], prints: dict[str, Footprint]) -> bool:
+    """Whether nobody touches what a collective in flight forbids, by bytes."""
+    no_write: dict[str, list[Footprint]] = {}
+    no_touch: dict[str, list[Footprint]] = {}
+    for position in order:
+        node = graph.nodes[position]
+        if isinstance(node, Wait):
+            start = graph.nodes[graph.producer[node.pending]]
+            if no_write.pop(node.pending, None) is None or not isinstance(start, Start):
+                return False
+            del no_touch[node.pending]
+            continue
+        written = [prints[name] for name in node.mutates]
+        read = () if isinstance(node, View) else node.operands  # making a view touches no memory
+        touched = written + [prints[name] for name in read]
+        if _clash(touched, no_touch) or _clash(written, no_write):
+            return False
+        if isinstance(node, Start):
+            sources = [prints[name] for name in node.operands]
+            no_write[node.pending.name] = sources
+            no_touch[node.pending.name] = (
+                sources if node.pending.in_place else [prints[result.name] for result in node.pending.results]
+            )
+    return not no_write
+
+
+def _clash(prints: list[Footprint], flights: dict[str, list[Footprint]]) -> bool:
+    return any(mine.overlaps(theirs) for held in flights.values() for theirs in held for mine in prints)
+
+
+__all__ = ["is_legal", "predecessors", "touched_roots"]

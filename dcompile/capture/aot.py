@@ -1,0 +1,106 @@
+"""From Dynamo's graph to plain ATen graphs: the body of a ``torch.compile`` backend."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import fx
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch import config as functorch_config
+
+from dcompile.capture.check import check
+from dcompile.capture.comm import collectives_have_effects, eliminate_dead_code
+from dcompile.capture.decompositions import decompositions
+from dcompile.capture.functional import functionalise_collectives
+from dcompile.capture.normalise import normalise
+from dcompile.capture.origins import mark_sources
+from dcompile.capture.partition import partition
+
+GraphKind = Literal["inference", "forward", "backward"]
+
+
+@dataclass(frozen=True)
+class Captured:
+    """One graph to compile.
+
+    Attributes:
+        kind: which half of a training step, or a program that needs no gradients.
+        gm: functional ATen ops, ``wait_tensor`` and functional collectives; every node has ``meta["val"]`` and, where known,
+            ``meta["dcompile_source"]``. Mutations of inputs stand at the end as ``aten.copy_``.
+        example_inputs: one fake tensor or SymInt for each placeholder of ``gm``.
+        name: unique in this process, ``"forward1"``; equal on all ranks that capture the same programs in the same order.
+    """
+
+    kind: GraphKind
+    gm: fx.GraphModule
+    example_inputs: list[Any]
+    name: str
+
+
+Boxed = Callable[[list[Any]], Sequence[Any]]
+"""A compiled graph. It takes all inputs in one list and clears it, so that each can be freed after its last use."""
+
+CompileGraph = Callable[[Captured], Boxed]
+
+_numbers = itertools.count()
+
+
+def capture(gm: fx.GraphModule, example_inputs: Sequence[Any], compile_graph: CompileGraph) -> Callable[..., Any]:
+    """Trace ``gm`` through AOTAutograd and have ``compile_graph`` compile what comes out.
+
+    Args:
+        gm: the graph Dynamo hands to a backend.
+        example_inputs: its inputs, fake tensors and SymInts.
+        compile_graph: called once for an inference graph, or for a forward and later a backward graph of the same number.
+
+    Returns:
+        The function Dynamo calls in place of ``gm``.
+
+    Raises:
+        Unsupported: a dtype, device or tensor layout the compiler has no place for, with the user's line.
+    """
+    number = next(_numbers)
+
+    def compiler(kind: GraphKind) -> Callable[[fx.GraphModule, Sequence[Any]], Boxed]:
+        def compile_one(traced: fx.GraphModule, inputs: Sequence[Any]) -> Boxed:
+            mark_sources(traced)
+            normalise(traced)
+            check(traced)
+            return _boxed(compile_graph(Captured(kind, traced, list(inputs), f"{kind}{number}")))
+
+        return compile_one
+
+    functionalise_collectives(gm)
+    # Saved activations are owned by autograd: not donated to the backward program, so that a graph can be retained.
+    with functorch_config.patch(donated_buffer=False), collectives_have_effects():
+        traced = aot_autograd(
+            fw_compiler=compiler("forward"),
+            bw_compiler=compiler("backward"),
+            inference_compiler=compiler("inference"),
+            decompositions=decompositions(),
+            partition_fn=partition,
+            keep_inference_input_mutations=True,
+        )(gm, list(example_inputs))
+    return traced
+
+
+def _boxed(compiled: Boxed) -> Boxed:
+    def call(inputs: list[Any]) -> Sequence[Any]:
+        return compiled(inputs)
+
+    call._boxed_call = True  # type: ignore[attr-defined]
+    return call
+
+
+def graph_breaks() -> int:
+    """Graph breaks Dynamo has counted since the process started or ``reset_graph_breaks`` was called."""
+    return sum(torch._dynamo.utils.counters["graph_break"].values())
+
+
+def reset_graph_breaks() -> None:
+    """Count graph breaks from zero."""
+    torch._dynamo.utils.counters["graph_break"].clear()

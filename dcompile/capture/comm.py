@@ -1,0 +1,97 @@
+"""Which graph nodes communicate. Names only: nothing here launches or waits for anything."""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import fx
+from torch._ops import OpOverload, OpOverloadPacket
+from torch.fx import node as fx_node
+
+NAMESPACE = "_c10d_functional"
+AUTOGRAD_NAMESPACE = "_c10d_functional_autograd"
+WAIT = "wait_tensor"
+
+
+def op_name(target: Any) -> str:
+    """``"_c10d_functional.all_reduce"`` of an overload or a packet; ``""`` of anything else."""
+    if isinstance(target, OpOverload):
+        namespace, _, name = target._schema.name.partition("::")
+        return f"{namespace}.{name}"
+    if isinstance(target, OpOverloadPacket):
+        return target._qualified_op_name.replace("::", ".")
+    return ""
+
+
+def communication(node: fx.Node) -> str:
+    """Name of the functional collective ``node`` launches (``"all_reduce"``) or ``"wait_tensor"``; ``""`` if it does not communicate."""
+    if node.op != "call_function":
+        return ""
+    namespace, _, name = op_name(node.target).partition(".")
+    return name if namespace in (NAMESPACE, AUTOGRAD_NAMESPACE) else ""
+
+
+def is_launch(node: fx.Node) -> bool:
+    """``node`` starts a collective."""
+    return communication(node) not in ("", WAIT)
+
+
+def is_wait(node: fx.Node) -> bool:
+    """``node`` ends a collective."""
+    return communication(node) == WAIT
+
+
+def is_view(node: fx.Node) -> bool:
+    """``node`` gives an alias of its first argument: by its schema a view, or a ``getitem``."""
+    if node.op != "call_function" or communication(node):
+        return False
+    if node.target is operator.getitem:
+        return True
+    return isinstance(node.target, OpOverload) and node.target.is_view
+
+
+def view_root(node: fx.Node) -> fx.Node:
+    """The node at the end of the chain of views that leads to ``node``."""
+    while is_view(node) and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return node
+
+
+def eliminate_dead_code(gm: fx.GraphModule) -> None:
+    """Remove nodes without users. Communication always stays: every rank must launch what the others launch."""
+    gm.graph.eliminate_dead_code(is_impure_node=lambda node: bool(communication(node)) or bool(node.is_impure()))
+
+
+def _targets() -> set[Any]:
+    found: set[Any] = set()
+    for schema in torch._C._jit_get_all_schemas():
+        namespace, _, name = schema.name.partition("::")
+        if namespace in (NAMESPACE, AUTOGRAD_NAMESPACE):
+            packet = getattr(getattr(torch.ops, namespace), name)
+            found.add(packet)
+            found.update(getattr(packet, overload) for overload in packet.overloads())
+    return found
+
+
+@contextlib.contextmanager
+def collectives_have_effects(enabled: bool = True) -> Iterator[None]:
+    """While active, PyTorch's dead-code elimination keeps (``enabled``) or may drop functional collectives.
+
+    PyTorch only marks ``wait_tensor`` so, and only sometimes; a launch whose result one rank does not use would be
+    dropped on that rank and the others would hang. The marks are put back afterwards, other compilers do not see them.
+    """
+    marked = fx_node._side_effectful_functions
+    before = set(marked)
+    if enabled:
+        marked.update(_targets())
+    else:
+        marked.difference_update(_targets())
+    try:
+        yield
+    finally:
+        marked.clear()
+        marked.update(before)

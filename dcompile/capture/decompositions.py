@@ -1,0 +1,98 @@
+"""Which ops AOTAutograd breaks up while tracing, and which stay whole.
+
+The table is PyTorch's core ATen decompositions with two changes. ``KEPT`` ops stay single ops because a library call or
+one lowering rule of ours does better than the pieces. ``BROKEN_UP`` ops are not part of the core table, but are cheap
+memory-bound work: in pieces they fuse with their neighbours and the partitioner may recompute any one of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import _decomp
+from torch._decomp import core_aten_decompositions, get_decompositions
+from torch._ops import OpOverload, OpOverloadPacket
+
+aten = torch.ops.aten
+
+Table = dict[Any, Callable[..., Any]]
+
+KEPT: dict[str, str] = {
+    "addmm": "one library call with the bias in its epilogue",
+    "baddbmm": "one library call with the addend in its epilogue",
+    "mv": "library matrix-vector product instead of a broadcast multiply and a row sum",
+    "dot": "library dot product",
+    "vdot": "library dot product; conjugates its first operand",
+    "_scaled_dot_product_flash_attention_for_cpu": "library kernel that never materialises the score matrix",
+    "_scaled_dot_product_flash_attention": "library kernel that never materialises the score matrix",
+    "_scaled_dot_product_efficient_attention": "library kernel that never materialises the score matrix",
+    "_scaled_dot_product_cudnn_attention": "library kernel that never materialises the score matrix",
+    "embedding_dense_backward": "one scatter-add lowering rule; the pieces build an index_put with a masked copy of the gradient",
+    "native_dropout": "the lowering draws from its own seeded counter-based generator, equal on recomputation",
+    "convolution_backward": "library call that returns all three gradients from one setup",
+    "max_pool2d_with_indices": "one window lowering rule",
+    "im2col": "one gather lowering rule",
+    "col2im": "one scatter-add lowering rule",
+    "index_add": "one scatter-add lowering rule, accumulating in one pass",
+    "bernoulli": "drawn by the lowering's generator",
+}
+"""Op names taken out of the core table, each with the reason."""
+
+BROKEN_UP: dict[str, str] = {
+    "_softmax": "a maximum, an exponential, a sum and a division, all fusible with producer and consumer",
+    "_log_softmax": "the same with a logarithm",
+    "_softmax_backward_data": "one product, one row sum, one difference",
+    "_log_softmax_backward_data": "one row sum, one exponential, one difference",
+    "native_layer_norm": "mean and variance, then pointwise work that fuses with what follows",
+    "native_layer_norm_backward": "row and column sums of pointwise work",
+    "native_group_norm": "mean and variance, then pointwise work",
+    "native_group_norm_backward": "sums of pointwise work",
+    "native_batch_norm": "mean and variance, then pointwise work",
+    "native_batch_norm_backward": "sums of pointwise work",
+    "_native_batch_norm_legit": "mean and variance, then pointwise work; running statistics become plain writes",
+    "_native_batch_norm_legit_no_training": "pointwise work on the running statistics",
+    "_native_batch_norm_legit_functional": "mean and variance, then pointwise work",
+    "_batch_norm_with_update_functional": "mean and variance, then pointwise work",
+    "gelu": "pointwise",
+    "gelu_backward": "pointwise",
+    "silu": "pointwise",
+    "silu_backward": "pointwise",
+    "elu": "pointwise",
+    "leaky_relu": "pointwise",
+    "hardtanh": "pointwise",
+    "threshold_backward": "pointwise",
+    "native_dropout_backward": "pointwise",
+    "nll_loss_forward": "a gather and a mean",
+    "nll_loss_backward": "a scatter and a product",
+    "aminmax": "two reductions over one read",
+    "addcmul": "pointwise",
+    "addcdiv": "pointwise",
+    "lerp": "pointwise",
+    "index_select": "one gather",
+    "linalg_vector_norm": "a power sum and a root",
+    "_fused_rms_norm": "a mean of squares, then pointwise work",
+    "_fused_rms_norm_backward": "row sums of pointwise work",
+}
+"""Op names decomposed on top of the core table, each with the reason. A name this torch version lacks is skipped."""
+
+
+def decompositions() -> Table:
+    """The table AOTAutograd gets: op overload -> Python function that computes it from simpler ops."""
+    # Composite ops are broken up by the dispatcher before this table is asked; without them the table is a third the size.
+    core = getattr(_decomp, "_core_aten_decompositions_post_autograd", core_aten_decompositions)
+    table: Table = dict(core())
+    for overload in _overloads(KEPT):
+        table.pop(overload, None)
+    table.update(get_decompositions(list(_overloads(BROKEN_UP))))
+    return table
+
+
+def _overloads(names: Iterable[str]) -> list[OpOverload]:
+    found: list[OpOverload] = []
+    for name in sorted(names):
+        packet = getattr(aten, name, None)
+        if isinstance(packet, OpOverloadPacket):
+            found.extend(getattr(packet, overload) for overload in packet.overloads())
+    return found

@@ -1,0 +1,139 @@
+"""Splitting the joint graph into forward and backward."""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections.abc import Callable
+from typing import Any
+
+from torch import fx
+from torch._functorch import config as functorch_config
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+
+from dcompile.capture.comm import collectives_have_effects, communication, eliminate_dead_code
+from dcompile.capture.cse import merge_equal
+from dcompile.capture.origins import mark_sources
+
+_ACCEPTED = frozenset(inspect.signature(min_cut_rematerialization_partition).parameters)
+
+
+def partition(
+    joint: fx.GraphModule, inputs: Any, *, num_fwd_outputs: int, **options: Any
+) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """Forward and backward graph of ``joint``, recomputing cheap forward work in the backward graph where that saves memory.
+
+    PyTorch's min-cut partitioner decides what to save. It drops communication that reaches no output; here such nodes
+    are outputs while it runs and lose that role afterwards, so each is kept in the graph it belongs to. Collectives are
+    never recomputed.
+    """
+    mark_sources(joint)
+    merge_equal(joint)
+    forward, backward = _unused_communication(joint)
+    _add_outputs(joint, num_fwd_outputs, forward, backward)
+    known = {name: value for name, value in options.items() if name in _ACCEPTED}
+    with functorch_config.patch(cse=False), collectives_have_effects(False):
+        fwd, bwd = min_cut_rematerialization_partition(
+            joint, inputs, num_fwd_outputs=num_fwd_outputs + len(forward), **known
+        )
+    _drop_outputs(fwd, num_fwd_outputs, num_fwd_outputs + len(forward))
+    total = len(_outputs(bwd))
+    _drop_outputs(bwd, total - len(backward), total)
+    for gm in (fwd, bwd):
+        eliminate_dead_code(gm)
+        gm.recompile()
+    return fwd, bwd
+
+
+def _unused_communication(joint: fx.GraphModule) -> tuple[list[fx.Node], list[fx.Node]]:
+    """Tensors that hold alive all communication no output needs: those of the forward, those of the backward."""
+    live: set[fx.Node] = set()
+    for node in reversed(joint.graph.nodes):
+        if node.op == "output" or any(user in live for user in node.users):
+            live.add(node)
+    backward_nodes: set[fx.Node] = set()
+    forward: list[fx.Node] = []
+    backward: list[fx.Node] = []
+    for node in list(joint.graph.nodes):
+        if _starts_backward(node) or any(source in backward_nodes for source in node.all_input_nodes):
+            backward_nodes.add(node)
+        if communication(node) and node not in live and not _feeds_communication(node):
+            (backward if node in backward_nodes else forward).append(_tensor_of(node))
+    return forward, backward
+
+
+def _starts_backward(node: fx.Node) -> bool:
+    if node.op == "placeholder":
+        return str(node.target).startswith("tangents")
+    return node.meta.get("partitioner_tag") in ("is_backward", "must_be_in_backward")
+
+
+def _feeds_communication(node: fx.Node) -> bool:
+    pending = list(node.users)
+    seen: set[fx.Node] = set()
+    while pending:
+        user = pending.pop()
+        if communication(user):
+            return True
+        if user not in seen:
+            seen.add(user)
+            pending.extend(user.users)
+    return False
+
+
+def _tensor_of(node: fx.Node) -> fx.Node:
+    """``node`` itself, or one tensor of it if it gives a list."""
+    value = node.meta.get("val")
+    if not isinstance(value, (list, tuple)):
+        return node
+    for user in node.users:
+        if user.target is operator.getitem:
+            return user
+    with node.graph.inserting_after(node):
+        item = node.graph.call_function(operator.getitem, (node, 0))
+    item.meta = {**node.meta, "val": value[0]}
+    return item
+
+
+def _output_node(gm: fx.GraphModule) -> fx.Node:
+    return next(node for node in reversed(gm.graph.nodes) if node.op == "output")
+
+
+def _outputs(gm: fx.GraphModule) -> list[Any]:
+    return list(_output_node(gm).args[0])  # type: ignore[arg-type]
+
+
+def _edit_outputs(gm: fx.GraphModule, edit: Callable[[list[Any]], list[Any]]) -> None:
+    """Apply ``edit`` to the outputs and to every per-output list PyTorch keeps beside them."""
+    output = _output_node(gm)
+    values = list(output.args[0])  # type: ignore[arg-type]
+    for key in ("desc", "output_stack_traces"):
+        beside = output.meta.get(key)
+        if isinstance(beside, (list, tuple)) and len(beside) == len(values):
+            output.meta[key] = type(beside)(edit(list(beside)))  # type: ignore[call-arg]
+    output.args = (type(output.args[0])(edit(values)),)  # type: ignore[call-arg,arg-type]
+
+
+def _add_outputs(joint: fx.GraphModule, num_fwd_outputs: int, forward: list[fx.Node], backward: list[fx.Node]) -> None:
+    if not forward and not backward:
+        return
+    output = _output_node(joint)
+    count = len(output.args[0])  # type: ignore[arg-type]
+    descriptions = output.meta.get("desc")
+    values = list(output.args[0])  # type: ignore[arg-type]
+    values = [*values[:num_fwd_outputs], *forward, *values[num_fwd_outputs:], *backward]
+    if isinstance(descriptions, (list, tuple)) and len(descriptions) == count:
+        filler = descriptions[0] if descriptions else None
+        output.meta["desc"] = [
+            *descriptions[:num_fwd_outputs],
+            *[filler] * len(forward),
+            *descriptions[num_fwd_outputs:],
+            *[filler] * len(backward),
+        ]
+    output.args = (tuple(values),)
+    joint.recompile()
+
+
+def _drop_outputs(gm: fx.GraphModule, first: int, last: int) -> None:
+    if first < last:
+        _edit_outputs(gm, lambda values: values[:first] + values[last:])

@@ -1,0 +1,80 @@
+"""What compiling has done in this process so far."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+
+@dataclass(frozen=True)
+class Counters:
+    """A snapshot.
+
+    Attributes:
+        graphs: graphs handed to the compiler.
+        graph_breaks: times capture had to leave a function and go on in a new graph.
+        kernels: kernels generated, identical ones counted once a graph.
+        kernel_launches: kernel launches in one call of every graph.
+        library_calls: library calls in one call of every graph, fallbacks included.
+        collectives: collectives started in one call of every graph.
+        fallbacks: library calls made for want of a lowering rule, by op name.
+        cache_hits, cache_misses: graphs loaded from, and not found in, the disk cache.
+        seconds: wall seconds by stage.
+    """
+
+    graphs: int = 0
+    graph_breaks: int = 0
+    kernels: int = 0
+    kernel_launches: int = 0
+    library_calls: int = 0
+    collectives: int = 0
+    fallbacks: Counter[str] = field(default_factory=Counter)
+    cache_hits: int = 0
+    cache_misses: int = 0
+    seconds: Counter[str] = field(default_factory=Counter)
+
+
+class Tally:
+    """The running totals behind ``dcompile.counters()``; safe to use from several threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._now = Counters()
+        self.stage = ""
+
+    def add(self, **amounts: int) -> None:
+        with self._lock:
+            self._now = replace(self._now, **{name: getattr(self._now, name) + n for name, n in amounts.items()})
+
+    def add_fallbacks(self, names: Counter[str]) -> None:
+        with self._lock:
+            self._now = replace(self._now, fallbacks=self._now.fallbacks + names)
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Adds the wall time of the block to ``seconds[stage]``; ``stage`` is what a progress display may show."""
+        outer, self.stage = self.stage, stage
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.stage = outer
+            with self._lock:
+                self._now.seconds[stage] += time.perf_counter() - began  # type: ignore[assignment]
+
+    def snapshot(self) -> Counters:
+        with self._lock:
+            now = self._now
+            return replace(now, fallbacks=Counter(now.fallbacks), seconds=Counter(now.seconds))
+
+    def reset(self) -> None:
+        with self._lock:
+            self._now = Counters()
+
+
+TALLY = Tally()
+"""The process's totals."""

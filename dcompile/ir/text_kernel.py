@@ -1,0 +1,235 @@
+"""Text form of fused kernels.
+
+Grammar::
+
+    kernel = "kernel" ["targets" (names)] ["inplace" (out ":" operand, ...)] "{" stmt... "}"
+    stmt   = "nest" "(" role axis, ... ")" "{" stmt... "}"
+           | "let" name "=" exprs
+           | "fold" "(" role axis, ... ")" (acc | "{" (let | acc | write)... "}")
+           | write
+           | "scratch" name ":" dtype "[" size "]"
+    acc    = name "=" kind exprs
+    write  = "write" [mode] buffer [lets] "[" address [bind] "]" "=" expr            # mode "set" is not printed
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import sympy
+
+from dcompile.ir import expr as ex
+from dcompile.ir.kernel import Accumulator, Fold, Kernel, Let, Nest, Role, Scratch, Stmt, Write, statements
+from dcompile.ir.nodes import Axis
+from dcompile.ir.ops import REDUCTIONS, STORE_MODES
+from dcompile.ir.text_expr import print_bind, print_expr, print_exprs
+from dcompile.ir.text_index import print_index
+from dcompile.ir.text_node import NodeGrammar, Reader, print_axis, print_names, register_node
+from dcompile.ir.tokens import quote_name
+from dcompile.ir.types import Def, Value
+
+_INDENT = "  "
+
+
+def print_body(body: tuple[Stmt, ...], depth: int = 0) -> str:
+    """The statements of a kernel, one a line, indented by ``depth`` steps."""
+    return "\n".join(_INDENT * depth + line for line in _lines(body))
+
+
+def _print_kernel(kernel: Kernel) -> str:
+    text = f"targets ({print_names(kernel.targets)}) " if kernel.targets else ""
+    if kernel.inplace:
+        pairs = ", ".join(f"{quote_name(out)}: {quote_name(operand)}" for out, operand in kernel.inplace)
+        text += f"inplace ({pairs}) "
+    return text + "{\n" + "".join(f"{_INDENT}{line}\n" for line in _lines(kernel.body)) + "}"
+
+
+def _lines(body: tuple[Stmt, ...]) -> Iterator[str]:
+    for stmt in body:
+        if isinstance(stmt, Nest):
+            yield f"nest ({_role_axes(stmt.axes, stmt.roles)}) {{"
+            yield from (_INDENT + line for line in _lines(stmt.body))
+            yield "}"
+        elif isinstance(stmt, Let):
+            yield _let_text(stmt)
+        elif isinstance(stmt, Write):
+            yield _write_text(stmt)
+        elif isinstance(stmt, Scratch):
+            yield f"scratch {quote_name(stmt.name)}: {stmt.dtype.value}[{stmt.size}]"
+        else:
+            yield from _fold_lines(stmt)
+
+
+def _fold_lines(fold: Fold) -> Iterator[str]:
+    head = f"fold ({_role_axes(fold.axes, fold.roles)}) "
+    accumulators = [f"{quote_name(a.name)} = {a.kind} {print_expr(a.expr)}" for a in fold.accumulators]
+    if len(accumulators) == 1 and not fold.lets and not fold.writes:
+        yield head + accumulators[0]
+        return
+    yield head + "{"
+    for line in (*map(_let_text, fold.lets), *accumulators, *map(_write_text, fold.writes)):
+        yield _INDENT + line
+    yield "}"
+
+
+def _role_axes(axes: tuple[Axis, ...], roles: tuple[Role, ...]) -> str:
+    return ", ".join(f"{role.value} {print_axis(axis)}" for axis, role in zip(axes, roles, strict=True))
+
+
+def _let_text(stmt: Let) -> str:
+    return f"let {quote_name(stmt.name)} = {print_expr(stmt.expr)}"
+
+
+def _write_text(stmt: Write) -> str:
+    lets, (value, *bind) = print_exprs((stmt.expr, *stmt.bind))
+    mode = "" if stmt.mode == "set" else f"{stmt.mode} "
+    where = f"[{print_index(stmt.address)}{print_bind(bind)}]"
+    return f"write {mode}{quote_name(stmt.buffer)} {lets}{where} = {value}" if lets else (
+        f"write {mode}{quote_name(stmt.buffer)}{where} = {value}"
+    )
+
+
+def _read_kernel(reader: Reader, left: tuple[Def | None, ...]) -> Kernel:
+    outs = tuple(out for out in left if isinstance(out, Value))
+    targets: tuple[str | None, ...] = ()
+    inplace: tuple[tuple[str, str], ...] = ()
+    if reader.accept("targets"):
+        targets = reader.optional_names()
+    if reader.accept("inplace"):
+        reader.expect("(")
+        inplace = reader.sequence(lambda: _read_pair(reader), ")")
+    outer_buffers, outer_scalars = reader.buffers, reader.scalars
+    reader.buffers = {**outer_buffers, **{out.name: out.dtype for out in outs}}
+    body = _read_block(reader)
+    reader.buffers, reader.scalars = outer_buffers, outer_scalars
+    return Kernel(outs=outs, body=body, targets=targets, inplace=inplace)
+
+
+def _read_pair(reader: Reader) -> tuple[str, str]:
+    out = reader.name("an out")
+    reader.expect(":")
+    return out, reader.name("an operand")
+
+
+def _read_block(reader: Reader) -> tuple[Stmt, ...]:
+    """``"{" stmt... "}"``; scalars and scratch defined inside are forgotten at its end."""
+    outer_scalars, outer_buffers = reader.scalars, reader.buffers
+    reader.scalars, reader.buffers = dict(outer_scalars), dict(outer_buffers)
+    reader.expect("{")
+    body: list[Stmt] = []
+    while not reader.accept("}"):
+        body.append(_read_stmt(reader))
+    reader.scalars, reader.buffers = outer_scalars, outer_buffers
+    return tuple(body)
+
+
+def _read_stmt(reader: Reader) -> Stmt:
+    if reader.accept("nest"):
+        axes, roles = _read_role_axes(reader)
+        return Nest(axes, roles, _read_block(reader))
+    if reader.accept("let"):
+        return _read_let(reader)
+    if reader.accept("fold"):
+        return _read_fold(reader)
+    if reader.accept("write"):
+        return _read_write(reader)
+    if reader.accept("scratch"):
+        name = reader.name()
+        reader.expect(":")
+        dtype = reader.dtype()
+        reader.expect("[")
+        size = reader.integer("a size")
+        reader.expect("]")
+        reader.buffers[name] = dtype
+        return Scratch(name, dtype, size)
+    return reader.fail("a statement (nest, let, fold, write or scratch) or '}'")
+
+
+def _read_let(reader: Reader) -> Let:
+    name = reader.name("the name of a scalar")
+    reader.expect("=")
+    value = reader.expr()
+    reader.scalars[name] = ex.local(name, value.dtype)
+    return Let(name, value)
+
+
+def _read_accumulator(reader: Reader) -> Accumulator:
+    name = reader.name("the name of an accumulator")
+    reader.expect("=")
+    token = reader.peek()
+    kind = reader.word("a reduction")
+    if kind not in REDUCTIONS:
+        reader.fail(f"a reduction ({', '.join(sorted(REDUCTIONS))})", token)
+    return Accumulator(name, kind, reader.expr())
+
+
+def _read_fold(reader: Reader) -> Fold:
+    axes, roles = _read_role_axes(reader)
+    outer = reader.scalars
+    reader.scalars = dict(outer)
+    lets: list[Let] = []
+    accumulators: list[Accumulator] = []
+    writes: list[Write] = []
+    if reader.accept("{"):
+        while not reader.accept("}"):
+            if reader.accept("let"):
+                lets.append(_read_let(reader))
+            elif reader.accept("write"):
+                writes.append(_read_write(reader))
+            else:
+                accumulators.append(_read_accumulator(reader))
+    else:
+        accumulators.append(_read_accumulator(reader))
+    reader.scalars = outer
+    outer.update({a.name: ex.local(a.name, a.dtype) for a in accumulators})
+    return Fold(axes, roles, tuple(accumulators), tuple(lets), tuple(writes))
+
+
+def _read_write(reader: Reader) -> Write:
+    following = reader.peek(1)
+    mode, token = "set", reader.peek()
+    if token.text in STORE_MODES and following.kind in ("name", "quoted") and following.text != "let":
+        mode = reader.next().text
+    buffer = reader.name("a buffer")
+    outer = reader.scalars
+    reader.read_lets()
+    token = reader.peek()
+    position, bind = reader.position()
+    if len(position) != 1:
+        reader.fail("one flat address", token)
+    reader.expect("=")
+    value = reader.operand()
+    reader.scalars = outer
+    return Write(buffer, position[0], value, bind, mode)
+
+
+def _read_role_axes(reader: Reader) -> tuple[tuple[Axis, ...], tuple[Role, ...]]:
+    def item() -> tuple[Axis, Role]:
+        token = reader.peek()
+        role = reader.word("a role")
+        if role not in {r.value for r in Role}:
+            reader.fail("a role (parallel, serial or simd)", token)
+        return reader.axis(), Role(role)
+
+    reader.expect("(")
+    pairs = reader.sequence(item, ")")
+    return tuple(axis for axis, _ in pairs), tuple(role for _, role in pairs)
+
+
+def scalar_names(body: tuple[Stmt, ...]) -> tuple[str, ...]:
+    """Names defined by lets, folds and scratch in ``body``, in order of first definition, without repeats."""
+    found: dict[str, None] = {}
+    for stmt in statements(body):
+        if isinstance(stmt, Let | Scratch):
+            found[stmt.name] = None
+        elif isinstance(stmt, Fold):
+            found.update(dict.fromkeys(a.name for a in stmt.accumulators))
+    return tuple(found)
+
+
+def loop_variables(body: tuple[Stmt, ...]) -> tuple[sympy.Symbol, ...]:
+    """Loop variables of ``body`` in order of appearance, without repeats."""
+    return tuple(dict.fromkeys(v for s in statements(body) if isinstance(s, Nest | Fold) for v, _ in s.axes))
+
+
+register_node(NodeGrammar("kernel", Kernel, _print_kernel, _read_kernel))

@@ -1,0 +1,364 @@
+"""From an fx graph of ATen ops to a Graph at level LOOPS: about one node per op, no fusion."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from dcompile.errors import CompilerBug, Unsupported
+from dcompile.ir import expr as ex
+from dcompile.ir.graph import Graph, Output, SizeInput
+from dcompile.ir.index import symbol
+from dcompile.ir.nodes import Extern, Literal, Ref
+from dcompile.ir.types import DType, Origin, Size, Value
+from dcompile.lower.builder import Lowering
+from dcompile.lower.fallback import call_library
+from dcompile.lower.flight import InFlight, ViewInFlight
+from dcompile.lower.table import RULES, NoRule, Rule
+
+_DROPPED = frozenset(
+    {
+        "aten._assert_scalar.default",
+        "aten._assert_tensor_metadata.default",
+        "aten._assert_async.msg",
+        "aten.sym_constrain_range.default",
+        "aten.sym_constrain_range_for_size.default",
+    }
+)
+"""Checks of facts that the tracer's guards hold already."""
+_VIEW_OPS = frozenset({"view", "_unsafe_view", "reshape", "permute", "t", "transpose", "expand", "unsqueeze", "squeeze",
+                       "slice", "select", "split", "split_with_sizes", "unbind", "alias", "detach", "as_strided"})  # fmt: skip
+"""Views that may be taken of a collective's result before its wait."""
+
+
+@dataclass(frozen=True)
+class SizeOf:
+    """Size ``dim`` of the tensor input at position ``input``."""
+
+    input: int
+    dim: int
+
+
+Extra = torch.Tensor | SizeOf
+"""An input the traced program does not list: a constant tensor, or a size symbol that is only known as an extent."""
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """Result of ``lower``.
+
+    Attributes:
+        graph: at level LOOPS, checked.
+        group_names: process group (as the traced program names it) by the group's label in the graph.
+        extra_inputs: what the caller appends to the program's own inputs, in this order.
+    """
+
+    graph: Graph
+    group_names: dict[str, Any]
+    extra_inputs: tuple[Extra, ...] = ()
+
+
+def no_group_size(name: Any) -> int:
+    """Default of ``lower``'s ``group_size``.
+
+    Raises:
+        Unsupported: always.
+    """
+    raise Unsupported(None, f"a collective over group {name!r} of unknown size", "pass group_size= to lower()")
+
+
+def lower(
+    gm: fx.GraphModule,
+    name: str,
+    eager_ops: frozenset[str] = frozenset(),
+    group_size: Callable[[Any], int] = no_group_size,
+) -> Lowered:
+    """Lower a traced program.
+
+    Args:
+        gm: ATen ops, decomposed and functional; every node has ``meta["val"]`` and may have ``meta["dcompile_source"]``.
+        name: name of the graph.
+        eager_ops: ops that stay library calls, as ``"aten.exp.default"`` or ``"exp"``.
+        group_size: number of ranks of a process group; asked only where the op itself does not tell.
+
+    Raises:
+        Unsupported: naming the user's line, for what neither a rule nor a library call can express.
+    """
+    walker = _Walker(gm, eager_ops, group_size)
+    return walker.run(name)
+
+
+class _Walker:
+    def __init__(self, gm: fx.GraphModule, eager_ops: frozenset[str], group_size: Callable[[Any], int]) -> None:
+        self.gm = gm
+        self.eager_ops = eager_ops
+        self.lowering = Lowering({""}, group_size)
+        self.env: dict[fx.Node, Any] = {}
+        self.inputs: list[Value | SizeInput] = []
+        self.constants: list[tuple[Value, torch.Tensor]] = []
+        self.names: dict[fx.Node, str] = {}
+        self.rules: dict[Any, tuple[str, Rule | None]] = {}
+
+    def run(self, name: str) -> Lowered:
+        lowering = self.lowering
+        # names of the traced program first, so that temporaries give way to them
+        self.names = {node: lowering.fresh(node.name) for node in self.gm.graph.nodes}
+        returned: Any = ()
+        for node in self.gm.graph.nodes:
+            source = node.meta.get("dcompile_source", "")
+            lowering.node = node
+            lowering.origin = lowering.sizes.origin = Origin((str(node.target),), source)
+            if node.op == "placeholder":
+                self.env[node] = self.placeholder(node)
+            elif node.op == "get_attr":
+                self.env[node] = self.attribute(node)
+            elif node.op == "call_function":
+                self.env[node] = self.call(node)
+            elif node.op == "output":
+                returned = node.args[0]
+            else:
+                raise CompilerBug(f"lower: fx node {node.name} of kind {node.op} in a traced graph")
+        lowering.flights.land_all()
+        items = returned if isinstance(returned, list | tuple) else (returned,)
+        outputs = tuple(self.output(item) for item in items)
+        extra = self.extra_inputs()
+        graph = Graph(name, tuple(self.inputs), (*self.seeds(), *lowering.nodes), outputs)
+        return Lowered(graph.check(), lowering.group_names, extra)
+
+    # inputs and outputs
+
+    def placeholder(self, node: fx.Node) -> Any:
+        meta = node.meta.get("val")
+        if isinstance(meta, torch.Tensor):
+            value = self.lowering.value(self.names[node], meta)
+            self.inputs.append(value)
+            return value
+        if isinstance(meta, torch.SymInt):
+            size = self.lowering.sizes.size(meta)
+            known = {i.symbol for i in self.inputs if isinstance(i, SizeInput)}
+            plain = isinstance(size, sympy.Symbol) and size not in known
+            slot = size if plain else symbol(self.lowering.fresh(f"size_{node.name}"))
+            self.inputs.append(SizeInput(slot, self.lowering.sizes.hint(size)))
+            return size
+        if isinstance(meta, int) and not isinstance(meta, bool):
+            self.inputs.append(SizeInput(symbol(self.lowering.fresh(f"size_{node.name}")), meta))
+            return meta
+        raise Unsupported(
+            self.lowering.origin,
+            what=f"a graph input of type {type(meta).__name__}",
+            instead="pass tensors and integers; make other values constants of the function",
+        )
+
+    def attribute(self, node: fx.Node) -> Any:
+        found: Any = self.gm
+        for part in str(node.target).split("."):
+            found = getattr(found, part)
+        if not isinstance(found, torch.Tensor):
+            return found  # a sub-graph; its user is refused by name
+        meta = node.meta.get("val", found)
+        value = self.lowering.value(self.names[node], meta)
+        if found.numel() == 1 and not value.dtype.is_complex and type(found) in (torch.Tensor, torch.nn.Parameter):
+            return self.lowering.pointwise(value, ex.const(found.item(), value.dtype))
+        self.constants.append((value, found))
+        return value
+
+    def output(self, item: Any) -> Output:
+        found = self.resolve(item)
+        if isinstance(found, Value):
+            return Ref(found.name)
+        if found is None or isinstance(found, bool | int | float | sympy.Expr):
+            return found
+        raise Unsupported(
+            self.lowering.origin, f"a graph output of type {type(found).__name__}", "return tensors and numbers"
+        )
+
+    def extra_inputs(self) -> tuple[Extra, ...]:
+        """Append inputs for size symbols that no integer input carries, and for constant tensors."""
+        bound = {item.symbol for item in self.inputs if isinstance(item, SizeInput)}
+        extra: list[Extra] = []
+        for missing in [s for s in self.lowering.sizes.hints if s not in bound]:
+            place = next(
+                (
+                    SizeOf(position, value.shape.index(missing))
+                    for position, value in enumerate(self.inputs)
+                    if isinstance(value, Value) and missing in value.shape
+                ),
+                None,
+            )
+            if place is None:
+                raise Unsupported(
+                    self.lowering.origin,
+                    what=f"the size symbol {missing}, which is neither an input nor the extent of one",
+                    instead="mark the dimension static with torch._dynamo.mark_static",
+                )
+            self.inputs.append(SizeInput(missing, self.lowering.sizes.hints[missing]))
+            extra.append(place)
+        for value, tensor in self.constants:
+            self.inputs.append(value)
+            extra.append(tensor)
+        return tuple(extra)
+
+    def seeds(self) -> tuple[Extern, ...]:
+        """One draw of seeds a device, for all random ops of the graph."""
+        return tuple(
+            Extern(
+                outs=(Value(f"seeds_{device}", DType.I64, (count,), (1,), device),),
+                op="dcompile.seeds",
+                args=(count,),
+                kwargs=(("device", Literal("device", device)),) if device != "cpu" else (),
+                effect=True,
+                origin=Origin(("dcompile.seeds",)),
+            )
+            for device, count in self.lowering.seed_counts.items()
+        )
+
+    # calls
+
+    def resolve(self, item: Any) -> Any:
+        """An fx argument in the terms of rules."""
+        if isinstance(item, fx.Node):
+            return self.settled(self.env[item])
+        if isinstance(item, list | tuple):
+            return tuple(self.resolve(part) for part in item)
+        if isinstance(item, torch.SymInt):
+            return self.lowering.sizes.size(item)
+        if isinstance(item, slice):
+            return slice(self.resolve(item.start), self.resolve(item.stop), self.resolve(item.step))
+        return item
+
+    def settled(self, found: Any) -> Any:
+        if isinstance(found, Value):
+            return self.lowering.current(found)
+        if isinstance(found, InFlight):
+            return self.lowering.current(self.lowering.flights.result(found))
+        if isinstance(found, ViewInFlight):
+            return self.settled(self.view_of_landed(found))
+        if isinstance(found, tuple):
+            return tuple(self.settled(part) for part in found)
+        return found
+
+    def view_of_landed(self, view: ViewInFlight) -> Any:
+        self.lowering.flights.result(view.of)  # raises when unwaited
+        if isinstance(self.env[view.node], ViewInFlight):
+            current, origin = self.lowering.node, self.lowering.origin
+            self.lowering.node, self.lowering.origin = view.node, Origin((str(view.node.target),), origin.source)
+            self.env[view.node] = self.apply(view.node)
+            self.lowering.node, self.lowering.origin = current, origin
+        return self.env[view.node]
+
+    def call(self, node: fx.Node) -> Any:
+        target = node.target
+        if target is operator.getitem:
+            holder, position = node.args
+            assert isinstance(holder, fx.Node)
+            found = self.env[holder]
+            return found[position] if isinstance(found, tuple) else self.resolve(holder)[position]
+        meta = node.meta.get("val")
+        if isinstance(meta, torch.SymInt | int | float | bool) and not isinstance(meta, torch.Tensor):
+            return self.lowering.sizes.size(meta) if isinstance(meta, torch.SymInt) else meta
+        if not isinstance(target, torch._ops.OpOverload):
+            raise Unsupported(
+                self.lowering.origin,
+                what=f"the operator {target}",
+                instead="keep it outside the compiled function, or write it with plain tensor operations",
+            )
+        if str(target) in _DROPPED:
+            return None
+        op, _ = self.rule_of(target)
+        if op.startswith("_c10d_functional") and op.split(".")[1] == "wait_tensor":
+            return self.wait(node.args[0])
+        if (view := self.unwaited_view(node, op)) is not None:
+            return view
+        return self.apply(node)
+
+    def wait(self, argument: Any) -> Any:
+        found = self.env[argument]
+        flight = found.of if isinstance(found, ViewInFlight) else found
+        if isinstance(flight, InFlight):
+            self.lowering.flights.land(flight.pending)
+        elif isinstance(flight, Value) and (holder := self.lowering.flights.holder(flight)) is not None:
+            self.lowering.flights.land(holder)
+        return found
+
+    def unwaited_view(self, node: fx.Node, op: str) -> ViewInFlight | None:
+        if not node.args or not isinstance(node.args[0], fx.Node) or op.split(".")[1] not in _VIEW_OPS:
+            return None
+        found = self.env[node.args[0]]
+        flight = found.of if isinstance(found, ViewInFlight) else found
+        if isinstance(flight, InFlight) and self.lowering.flights.is_open(flight.pending):
+            return ViewInFlight(node, flight)
+        return None
+
+    def rule_of(self, target: torch._ops.OpOverload) -> tuple[str, Rule | None]:
+        """Name and rule of an op; no rule for those the user keeps eager."""
+        found = self.rules.get(target)
+        if found is None:
+            name = str(target)
+            kept = name in self.eager_ops or name.split(".")[1] in self.eager_ops
+            found = self.rules[target] = (name, None if kept else RULES.get(name))
+        return found
+
+    def apply(self, node: fx.Node) -> Any:
+        lowering = self.lowering
+        target: Any = node.target
+        op, rule = self.rule_of(target)
+        args, kwargs = self.arguments(node, target)
+        lowering.outs = self.outputs_of(node)
+        if rule is not None and self.allows(rule, args, kwargs):
+            mark = len(lowering.nodes)
+            try:
+                return rule.apply(lowering, *args, **kwargs)
+            except NoRule:
+                del lowering.nodes[mark:]
+        kept = op in self.eager_ops or op.split(".")[1] in self.eager_ops
+        return call_library(lowering, target, args, kwargs, chosen=kept)
+
+    def arguments(self, node: fx.Node, target: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Arguments in the terms of rules; those that may be positional are, whatever way they were passed."""
+        args = [self.resolve(arg) for arg in node.args]
+        kwargs = {name: self.resolve(arg) for name, arg in node.kwargs.items()}
+        if kwargs:
+            for argument in target._schema.arguments[len(args) :]:
+                if argument.kwarg_only or argument.name not in kwargs:
+                    break
+                args.append(kwargs.pop(argument.name))
+        return tuple(args), kwargs
+
+    def outputs_of(self, node: fx.Node) -> tuple[Value | None, ...]:
+        meta = node.meta.get("val")
+        name = self.names[node]
+        if isinstance(meta, torch.Tensor):
+            return (self.lowering.value(name, meta),)
+        if not isinstance(meta, list | tuple):
+            return ()
+        return tuple(
+            self.lowering.value(self.lowering.fresh(f"{name}_{n}"), item) if isinstance(item, torch.Tensor) else None
+            for n, item in enumerate(meta)
+        )
+
+    def allows(self, rule: Rule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether the operands are of kinds the rule can handle."""
+        outs = [out for out in self.lowering.outs if out is not None]
+        operands = [*_values(args), *_values(tuple(kwargs.values())), *outs]
+        if not rule.any_dtype and any(v.dtype.is_complex for v in operands):
+            return False
+        return rule.any_device or len({v.device for v in operands}) <= 1
+
+
+def _values(args: tuple[Any, ...]) -> list[Value]:
+    found: list[Value] = []
+    for arg in args:
+        if isinstance(arg, Value):
+            found.append(arg)
+        elif isinstance(arg, tuple):
+            found.extend(_values(arg))
+    return found
+
+
+__all__ = ["Extra", "Lowered", "Size", "SizeOf", "lower", "no_group_size"]

@@ -1,0 +1,80 @@
+"""Library calls of generated programs: how their names are found and the helpers that PyTorch has no op for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from dcompile.errors import CompilerBug, DCompileError
+
+LOWEST_I64 = -(2**63)
+
+
+def resolve_op(name: str) -> Callable[..., Any]:
+    """The callable behind ``"aten.mm.out"`` or ``"dcompile.seeds"``.
+
+    Raises:
+        DCompileError: no such op is registered in this process.
+    """
+    if name.startswith("dcompile."):
+        helper = HELPERS.get(name)
+        if helper is None:
+            raise CompilerBug(f"no runtime helper is called {name!r}; there are {', '.join(sorted(HELPERS))}")
+        return helper
+    found: Any = torch.ops
+    try:
+        for part in name.split("."):
+            found = getattr(found, part)
+    except AttributeError:
+        raise DCompileError(
+            f"the program calls {name}, which is not registered here: import the library that defines it first"
+        ) from None
+    if not callable(found):
+        raise CompilerBug(f"{name} names no op")
+    return found  # type: ignore[no-any-return]
+
+
+def seeds(count: int, device: str | torch.device = "cpu") -> torch.Tensor:
+    """``count`` int64 random numbers over the whole 64-bit range from the device's default generator, shape (count,)."""
+    return torch.empty(count, dtype=torch.int64, device=device).random_(LOWEST_I64, None)
+
+
+def check_result(
+    result: torch.Tensor,
+    dtype: torch.dtype,
+    shape: Sequence[int],
+    stride: Sequence[int],
+    call: str,
+    address: int | None = None,
+) -> None:
+    """Assert that a library call gave the tensor the program was compiled for.
+
+    Args:
+        address: where its first element must be, for calls that write into planned memory.
+
+    Raises:
+        CompilerBug: naming ``call`` (op and source line) and what differs.
+    """
+    if result.dtype is not dtype or tuple(result.shape) != tuple(shape) or not same_stride(result, stride):
+        raise CompilerBug(
+            f"{call} gave {describe(result.dtype, result.shape, result.stride())}, "
+            f"the program expects {describe(dtype, shape, stride)}"
+        )
+    if address is not None and result.numel() and result.data_ptr() != address:
+        raise CompilerBug(f"{call} moved its result out of the memory it was given")
+
+
+def same_stride(tensor: torch.Tensor, stride: Sequence[int]) -> bool:
+    """Whether ``tensor`` addresses its elements as ``stride`` says; dimensions of size 1 do not count."""
+    return not tensor.numel() or all(
+        size == 1 or have == want for size, have, want in zip(tensor.shape, tensor.stride(), stride, strict=True)
+    )
+
+
+def describe(dtype: torch.dtype, shape: Sequence[int], stride: Sequence[int]) -> str:
+    return f"{str(dtype).removeprefix('torch.')}{list(shape)} with strides {list(stride)}"
+
+
+HELPERS: dict[str, Callable[..., Any]] = {"dcompile.seeds": seeds}

@@ -1,0 +1,79 @@
+"""Check of a program's inputs against the layouts it was compiled for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dcompile.errors import DCompileError
+from dcompile.runtime.externs import describe, same_stride
+
+WIDEST_SCALAR_BYTES = 8
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the program expects in one input place.
+
+    Attributes:
+        dtype, device: of the tensor; ``device`` is a device type.
+        written: the program writes this input or returns memory of it, so it cannot work on a copy.
+    """
+
+    name: str
+    dtype: torch.dtype
+    device: str
+    written: bool = False
+
+    @property
+    def misaligned(self) -> int:
+        """Address bits that must be 0: an element is aligned to its own size, complex ones to their parts'."""
+        return min(self.dtype.itemsize, WIDEST_SCALAR_BYTES) - 1
+
+
+def fits(
+    tensors: Sequence[torch.Tensor], layouts: Sequence[Layout], shapes: Sequence[tuple[Any, Any]]
+) -> bool:
+    """Whether all tensors have exactly the expected dtype, shape, stride, alignment and no lazy negation. Fast."""
+    for tensor, layout, (shape, stride) in zip(tensors, layouts, shapes, strict=True):
+        if (
+            tensor.shape != shape
+            or tensor.stride() != stride
+            or tensor.dtype is not layout.dtype
+            or tensor.data_ptr() & layout.misaligned
+            or tensor.is_neg()
+            or tensor.is_conj()
+        ):
+            return False
+    return True
+
+
+def conform(
+    tensors: Sequence[torch.Tensor], layouts: Sequence[Layout], shapes: Sequence[tuple[Any, Any]], program: str
+) -> tuple[torch.Tensor, ...]:
+    """The tensors as the program needs them: those with other strides, misaligned or lazily negated are copied.
+
+    Raises:
+        DCompileError: another dtype, device or shape; or a copy would be needed of an input the program writes.
+    """
+    ready = []
+    for tensor, layout, (shape, stride) in zip(tensors, layouts, shapes, strict=True):
+        want = f"{describe(layout.dtype, shape, stride)} on {layout.device}"
+        if not isinstance(tensor, torch.Tensor) or tensor.layout is not torch.strided:
+            raise DCompileError(f"{program}: input {layout.name} must be a dense tensor {want}, got {tensor!r:.200}")
+        if tensor.dtype is not layout.dtype or tuple(tensor.shape) != tuple(shape) or tensor.device.type != layout.device:
+            got = f"{describe(tensor.dtype, tensor.shape, tensor.stride())} on {tensor.device}"
+            raise DCompileError(f"{program}: input {layout.name} must be {want}, got {got}; compile for these inputs")
+        lazy = tensor.is_neg() or tensor.is_conj()
+        if not lazy and same_stride(tensor, stride) and not tensor.data_ptr() & layout.misaligned:
+            ready.append(tensor)
+            continue
+        if layout.written:
+            why = "is lazily negated or conjugated" if lazy else f"has strides {list(tensor.stride())} or is misaligned"
+            raise DCompileError(f"{program}: input {layout.name} is written in place and must be {want}, but it {why}")
+        copy = torch.empty_strided(tuple(shape), tuple(stride), dtype=layout.dtype, device=tensor.device)
+        ready.append(copy.copy_(tensor))
+    return tuple(ready)

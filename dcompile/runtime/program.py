@@ -1,0 +1,180 @@
+"""The finished program: generated host source, loaded and callable."""
+
+from __future__ import annotations
+
+import linecache
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from dcompile.errors import CompilerBug
+from dcompile.runtime.arena import Arena, Block, alias
+from dcompile.runtime.comm import Communicator, Handle
+from dcompile.runtime.externs import check_result, resolve_op
+from dcompile.runtime.inputs import Layout, conform, fits
+from dcompile.runtime.timeline import Clock, Recorder
+
+
+class Runtime:
+    """What a host program sees under the name ``rt``. One for each executable.
+
+    Args:
+        name: of the program, for messages.
+        functions: C functions of the kernels, by symbol.
+        communicator: collectives; None for a program without any.
+        recorder: receives step times; None records nothing.
+    """
+
+    alias = staticmethod(alias)
+    op = staticmethod(resolve_op)
+    Layout = Layout
+    fits = staticmethod(fits)
+    threads = staticmethod(torch.get_num_threads)
+
+    def __init__(
+        self,
+        name: str,
+        functions: Mapping[str, Callable[..., int]],
+        communicator: Communicator | None = None,
+        recorder: Recorder | None = None,
+    ) -> None:
+        self.name = name
+        self._functions = functions
+        self._communicator = communicator
+        self._recorder = recorder
+        self._seen: set[object] = set()
+        self._arenas: list[Arena] = []
+
+    def kernel(self, symbol: str) -> Callable[..., int]:
+        """The C function of that name."""
+        found = self._functions.get(symbol)
+        if found is None:
+            raise CompilerBug(f"{self.name}: the compiled kernels have no function {symbol}")
+        return found
+
+    @property
+    def comm(self) -> Communicator:
+        """Where the program starts and waits for collectives."""
+        if self._communicator is None:
+            raise CompilerBug(f"{self.name} contains collectives but was loaded without a communicator")
+        return self._communicator
+
+    def arena(self, nbytes: Mapping[str, int], views: Callable[[Block], tuple[torch.Tensor, ...]]) -> Arena:
+        """The program's working memory."""
+        made = Arena(nbytes, views)
+        self._arenas.append(made)
+        return made
+
+    def conform(
+        self, tensors: Sequence[torch.Tensor], layouts: Sequence[Layout], shapes: Sequence[tuple[Any, Any]]
+    ) -> tuple[torch.Tensor, ...]:
+        """See ``inputs.conform``."""
+        return conform(tensors, layouts, shapes, self.name)
+
+    def first(self, tensors: Sequence[torch.Tensor], layouts: Sequence[Layout], shapes: Any, sizes: object) -> bool:
+        """Whether no call with these sizes has ended yet: then inputs and library results are checked thoroughly."""
+        if sizes in self._seen:
+            return False
+        conform(tensors, layouts, shapes, self.name)
+        return True
+
+    def checked(self, sizes: object) -> None:
+        """A call with these sizes has passed every check."""
+        self._seen.add(sizes)
+
+    def expect(
+        self, result: torch.Tensor, dtype: torch.dtype, shape: Any, stride: Any, call: str, address: int | None = None
+    ) -> None:
+        """See ``externs.check_result``."""
+        check_result(result, dtype, shape, stride, f"{self.name}: {call}", address)
+
+    def fault(self, code: int, where: str) -> None:
+        """Raise what the return code of a kernel says; ``where`` names its ops and source line.
+
+        Raises:
+            IndexError: code 1. ZeroDivisionError: code 2. CompilerBug: any other.
+        """
+        if code == 1:
+            raise IndexError(f"index out of range in {where}")
+        if code == 2:
+            raise ZeroDivisionError(f"integer division by zero in {where}")
+        raise CompilerBug(f"{self.name}: kernel of {where} returned {code}")
+
+    def abandon(self, arena: Arena | None, block: Block | None, handles: Iterable[Handle | None]) -> None:
+        """Called while an exception leaves the program: end what is in flight, then give the block back.
+
+        A block that a collective may still write to is not used again.
+        """
+        patient = isinstance(sys.exception(), Exception)
+        flying = tuple(handles)
+        settled = not flying or self.comm.drain(flying, patient)
+        if settled and arena is not None and block is not None:
+            arena.give(block)
+
+    def clock(self, steps: Sequence[tuple[str, str]]) -> Clock:
+        """Starts recording one call; ``steps`` are (name, lane)."""
+        if self._recorder is None:
+            raise CompilerBug(f"{self.name} was printed with a timeline but loaded without a recorder")
+        return self._recorder.begin(self.name, steps)
+
+    def release(self) -> None:
+        """Free the working memory."""
+        for arena in self._arenas:
+            arena.clear()
+
+
+class Executable:
+    """A callable program.
+
+    Args:
+        source: text of the host program (``codegen.wrapper.print_host``).
+        name: of the program; shown in messages and tracebacks.
+        functions: C functions of the kernels, by symbol.
+        communicator: see ``Runtime``.
+        recorder: see ``Runtime``; needed iff the source was printed with a timeline.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        name: str,
+        functions: Mapping[str, Callable[..., int]],
+        communicator: Communicator | None = None,
+        recorder: Recorder | None = None,
+    ) -> None:
+        self.source = source
+        self.name = name
+        self.runtime = Runtime(name, functions, communicator, recorder)
+        filename = f"<dcompile {name} {id(self):x}>"
+        linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
+        self._filename = filename
+        namespace: dict[str, Any] = {"rt": self.runtime, "__name__": f"dcompile_{name}"}
+        exec(compile(source, filename, "exec"), namespace)
+        self.run: Callable[[list[Any]], list[Any]] = namespace["call"]
+
+    def __call__(self, inputs: list[Any]) -> list[Any]:
+        """Run the program.
+
+        Args:
+            inputs: tensors and integers in the graph's order; the list is emptied, so that inputs can be freed early.
+
+        Returns:
+            The graph's outputs in order.
+
+        Raises:
+            DCompileError: inputs the program was not compiled for, or a failed collective.
+            IndexError, ZeroDivisionError: from the user's program.
+        """
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                return self.run(inputs)
+        return self.run(inputs)
+
+    def release(self) -> None:
+        """Free the working memory now; a later call allocates it again."""
+        self.runtime.release()
+
+    def __del__(self) -> None:
+        linecache.cache.pop(getattr(self, "_filename", ""), None)

@@ -1,0 +1,308 @@
+"""A fusion group written down as a Kernel: which loop each member runs in, and what is kept between loops.
+
+For each outer position the inner range is traversed in passes: a value that needs a finished reduction runs in a later
+pass than that reduction. A row value needed in a later pass than its own is reloaded from memory if it is stored there
+anyway, recomputed if that is cheap, and kept in scratch memory otherwise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import sympy
+
+from dcompile.ir import expr as ex
+from dcompile.ir.graph import Graph, hint
+from dcompile.ir.index import product
+from dcompile.ir.kernel import Accumulator, Fold, Kernel, Let, Nest, Role, Scratch, Stmt, Write
+from dcompile.ir.nodes import Axis, Reduction, Store
+from dcompile.ir.types import Origin, Size, Value
+from dcompile.schedule.loops import Domain, Placed, coefficient
+
+PARALLEL_WORK = 32768
+"""Iterations from which a kernel is worth several threads: waking an OpenMP team costs 2 to 5 us, the time in which
+one core runs about this many vectorised iterations."""
+
+SCRATCH_BYTES = 32768
+"""Most bytes of one row kept in scratch: the size of a first-level data cache, beyond which memory is as good."""
+
+RECOMPUTE_FLOPS = 4
+"""Row values of at most this many operations are recomputed in a later pass: about the cost of a store and a load in
+first-level cache."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """One loop in a group. ``spread`` is ``"fold"``, ``"row"`` or ``"outer"``."""
+
+    position: int
+    spread: str
+    placed: Placed
+
+    @property
+    def name(self) -> str:
+        return self.placed.form.node.out.name
+
+    @property
+    def out(self) -> Value:
+        return self.placed.form.node.out
+
+    def loads(self) -> tuple[ex.Load, ...]:
+        """All loads, those that decide where a store goes included."""
+        return tuple(load for root in (self.placed.expr, *self.placed.bind) for load in ex.loads(root))
+
+
+@dataclass(frozen=True)
+class Group:
+    """Members in program order over one domain. ``column``: the inner range strides through memory, the last outer
+    axis runs along it, and the group has no row members."""
+
+    domain: Domain
+    column: bool
+    members: tuple[Member, ...]
+
+
+def emit_kernel(graph: Graph, group: Group, needed: set[str]) -> Kernel:
+    """The kernel of ``group``; ``needed`` names the members whose values others read from memory."""
+    return _Emitter(graph, group, set(needed)).kernel()
+
+
+@dataclass
+class _Emitter:
+    graph: Graph
+    group: Group
+    stored: set[str]
+    passes: dict[str, int] = field(default_factory=dict)
+    scratch: dict[str, Scratch] = field(default_factory=dict)
+    recomputed: set[str] = field(default_factory=set)
+
+    def kernel(self) -> Kernel:
+        self.by_name = {m.name: m for m in self.group.members}
+        self._assign_passes()
+        self._keep_between_passes()
+        body = self._rows() if self.group.domain.inner else self._flat()
+        outs = [m for m in self.group.members if m.name in self.stored]
+        origin = Origin()
+        for member in self.group.members:
+            origin = origin | member.placed.form.node.origin
+        return Kernel(
+            outs=tuple(m.out for m in outs),
+            body=body,
+            targets=tuple(n.target if isinstance(n := m.placed.form.node, Store) else None for m in outs),
+            inplace=self._inplace(outs),
+            origin=origin,
+        )
+
+    def _sources(self, member: Member) -> list[Member]:
+        return [self.by_name[load.buffer] for load in member.loads() if load.buffer in self.by_name]
+
+    def _assign_passes(self) -> None:
+        """Earliest pass of every member; row members that only feed later passes move to the first that needs them."""
+        users: dict[str, list[Member]] = {}
+        for member in self.group.members:
+            earliest = 0
+            for source in self._sources(member):
+                users.setdefault(source.name, []).append(member)
+                earliest = max(earliest, self.passes[source.name] + (source.spread == "fold"))
+            self.passes[member.name] = earliest
+        for member in reversed(self.group.members):
+            mine = users.get(member.name)
+            if member.spread == "row" and mine:
+                self.passes[member.name] = max(self.passes[member.name], min(self.passes[u.name] for u in mine))
+
+    def _keep_between_passes(self) -> None:
+        inner_size = product(self.group.domain.inner)
+        for member in self.group.members:
+            if member.spread != "row" or member.name in self.stored:
+                continue
+            own = self.passes[member.name]
+            later = any(
+                self.passes[user.name] > own
+                for user in self.group.members
+                if any(load.buffer == member.name for load in user.loads())
+            )
+            if not later:
+                continue
+            feeds = [s for s in self._sources(member) if s.spread == "row"]
+            small = isinstance(inner_size, int) and inner_size * member.out.dtype.itemsize <= SCRATCH_BYTES
+            if ex.flops(member.placed.expr) <= RECOMPUTE_FLOPS and not feeds:
+                self.recomputed.add(member.name)
+            elif small and isinstance(inner_size, int):
+                self.scratch[member.name] = Scratch(f"{member.name}_row", member.out.dtype, inner_size)
+            else:
+                self.stored.add(member.name)
+
+    def _body(self, member: Member, number: int) -> ex.Expr:
+        return self._local(member.placed.expr, number)
+
+    def _local(self, root: ex.Expr, number: int) -> ex.Expr:
+        """``root`` as evaluated in pass ``number``: values of this group are locals, scratch or reloaded memory."""
+
+        def leaf(node: ex.Expr) -> ex.Expr | None:
+            if not isinstance(node, ex.Load) or node.buffer not in self.by_name:
+                return None
+            source = self.by_name[node.buffer]
+            if source.spread != "row" or self.passes[source.name] == number:
+                return ex.local(source.name, source.out.dtype)
+            if source.name in self.recomputed:
+                return self._local(_typed(source.placed.expr, source.out), number)
+            if source.name in self.scratch:
+                return ex.load(self.scratch[source.name].name, (self._inner_position(),), source.out.dtype)
+            return ex.load(source.name, (source.placed.address,), source.out.dtype)
+
+        return ex.transform(root, leaf)
+
+    def _inner_position(self) -> sympy.Expr:
+        flat: sympy.Expr = sympy.Integer(0)
+        for var, size in self.group.domain.inner_axes:
+            flat = flat * size + var
+        return sympy.expand(flat)
+
+    def _lets_and_writes(self, members: list[Member], number: int) -> tuple[tuple[Let, ...], tuple[Write, ...]]:
+        lets = tuple(Let(m.name, _typed(self._body(m, number), m.out)) for m in members)
+        writes: list[Write] = []
+        for m in members:
+            value = ex.local(m.name, m.out.dtype)
+            if m.name in self.stored:
+                node = m.placed.form.node
+                mode = node.mode if isinstance(node, Store) else "set"
+                bind = tuple(self._local(b, number) for b in m.placed.bind)
+                writes.append(Write(m.name, m.placed.address, value, bind, mode))
+            if m.name in self.scratch:
+                writes.append(Write(self.scratch[m.name].name, self._inner_position(), value))
+        return lets, tuple(writes)
+
+    def _flat(self) -> tuple[Stmt, ...]:
+        lets, writes = self._lets_and_writes(list(self.group.members), 0)
+        axes = self.group.domain.outer_axes
+        if not axes:
+            return (*lets, *writes)
+        return (Nest(axes, self._flat_roles(axes, writes), (*lets, *writes)),)
+
+    def _flat_roles(self, axes: tuple[Axis, ...], writes: tuple[Write, ...]) -> tuple[Role, ...]:
+        """Accumulating writes run in order (so sums do not depend on thread timing), with lanes only where the lanes
+        write to different addresses; everything else runs in parallel with lanes along the last axis."""
+        last = axes[-1][0]
+        moving = [w for w in writes if w.mode == "add" or w.bind]
+        if any(_meets_itself(w, last) for w in moving):
+            return (Role.SERIAL,) * len(axes)
+        outer = Role.SERIAL if moving else self._outer_role()
+        return (outer,) * (len(axes) - 1) + (Role.SIMD,)
+
+    def _rows(self) -> tuple[Stmt, ...]:
+        members, inner = self.group.members, self.group.domain.inner_axes
+        inner_roles = (Role.SERIAL,) * (len(inner) - (not self.group.column)) + (Role.SIMD,) * (not self.group.column)
+        last = max(self.passes.values()) + 1
+        body: list[Stmt] = list(self.scratch.values())
+        for number in range(last + 1):
+            outer = [m for m in members if m.spread == "outer" and self.passes[m.name] == number]
+            lets, writes = self._lets_and_writes(outer, number)
+            body += [*lets, *writes]
+            rows = [m for m in members if m.spread == "row" and self.passes[m.name] == number]
+            folds = [m for m in members if m.spread == "fold" and self.passes[m.name] == number]
+            lets, writes = self._lets_and_writes(rows, number)
+            if folds:
+                body.append(self._fold(folds, lets, writes, inner, inner_roles, number))
+                body += self._finished(folds)
+            elif rows:
+                body.append(Nest(inner, inner_roles, (*lets, *writes)))
+        axes = self.group.domain.outer_axes
+        if not axes:
+            return tuple(body)
+        roles = (self._outer_role(),) * len(axes)
+        if self.group.column:
+            roles = (*roles[:-1], Role.SIMD)
+        return (Nest(axes, roles, tuple(body)),)
+
+    def _fold(
+        self,
+        folds: list[Member],
+        lets: tuple[Let, ...],
+        writes: tuple[Write, ...],
+        inner: tuple[Axis, ...],
+        roles: tuple[Role, ...],
+        number: int,
+    ) -> Fold:
+        accumulators: list[Accumulator] = []
+        for m in folds:
+            node = m.placed.form.node
+            assert isinstance(node, Reduction)
+            accumulators.append(Accumulator(f"{m.name}_acc", node.kind, self._body(m, number)))
+        return Fold(inner, roles, tuple(accumulators), lets, writes)
+
+    def _finished(self, folds: list[Member]) -> list[Stmt]:
+        """The results of finished reductions under their own names and dtypes, written where others need them."""
+        found: list[Stmt] = []
+        for m in folds:
+            node = m.placed.form.node
+            assert isinstance(node, Reduction)
+            accumulated = Accumulator(f"{m.name}_acc", node.kind, m.placed.expr).dtype
+            found.append(Let(m.name, ex.to(ex.local(f"{m.name}_acc", accumulated), m.out.dtype)))
+        for m in folds:
+            if m.name in self.stored:
+                found.append(Write(m.name, m.placed.address, ex.local(m.name, m.out.dtype)))
+        return found
+
+    def _outer_role(self) -> Role:
+        work: Size = product(self.group.domain.outer) * product(self.group.domain.inner)
+        big = hint(work, self.graph.size_hints) >= PARALLEL_WORK
+        return Role.PARALLEL if big else Role.SERIAL
+
+    def _inplace(self, outs: list[Member]) -> tuple[tuple[str, str], ...]:
+        """Pairs of an out and an operand that is only read at the address the out is about to be written to."""
+        if self.group.column:
+            return ()
+        pairs: list[tuple[str, str]] = []
+        for out in outs:
+            node = out.placed.form.node
+            if isinstance(node, Store | Reduction):
+                continue
+            for name in dict.fromkeys(load.buffer for member in self.group.members for load in member.loads()):
+                if name not in self.by_name and self._reads_only_here(name, out):
+                    pairs.append((out.name, name))
+        return tuple(pairs)
+
+    def _reads_only_here(self, name: str, out: Member) -> bool:
+        value = self.graph.value(name)
+        if value.dtype.itemsize != out.out.dtype.itemsize:
+            return False
+        for member in self.group.members:
+            for load in member.loads():
+                if load.buffer != name:
+                    continue
+                late = self._last_pass(member) > self.passes[out.name]
+                elsewhere = load.bind or load.index[0] != out.placed.address or member.spread != out.spread
+                if late or (elsewhere and not (member.spread == "fold" and load.index[0] == out.placed.address)):
+                    return False
+        return True
+
+    def _last_pass(self, member: Member) -> int:
+        """The last pass that evaluates ``member``: recomputed members run again wherever they are used."""
+        last = self.passes[member.name]
+        if member.name in self.recomputed:
+            for user in self.group.members:
+                if any(load.buffer == member.name for load in user.loads()):
+                    last = max(last, self._last_pass(user))
+        return last
+
+
+def _typed(body: ex.Expr, out: Value) -> ex.Expr:
+    return ex.to(body, out.dtype)
+
+
+def _meets_itself(write: Write, last: sympy.Symbol) -> bool:
+    """Whether two lanes along ``last`` may write the same address."""
+    step = coefficient(write.address, last)
+    fixed = all(last not in e.free_symbols for b in write.bind for e in _index_parts(b))
+    return step is None or step == 0 or not fixed
+
+
+def _index_parts(root: ex.Expr) -> list[sympy.Expr]:
+    found: list[sympy.Expr] = []
+    for node in ex.walk(root):
+        if isinstance(node, ex.Load):
+            found += list(node.index)
+        elif isinstance(node, ex.Index):
+            found.append(node.expr)
+    return found
+

@@ -1,0 +1,168 @@
+"""Recompute or store: pointwise producers move into the loops that read them when that costs less than a trip to memory.
+
+Values that several loops of the same shape read are left alone here: fusion computes those once per element inside one
+kernel. What is inlined is what recomputation makes cheaper than a store and its loads, by the cost model's own rates.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import sympy
+
+from dcompile.analyse.alias import storage_roots
+from dcompile.analyse.context import Context
+from dcompile.ir import expr as ex
+from dcompile.ir.graph import Graph, hint
+from dcompile.ir.index import FloorDiv, Mod, Ranges, simplify
+from dcompile.ir.nodes import Axis, Node, Pointwise, Reduction, Store
+from dcompile.ir.types import Size
+from dcompile.schedule.simplify import drop_dead, reads_elsewhere
+
+MAX_OPS = 256
+"""Largest body inlining may build, in scalar operations. Beyond it compilers spill and compile time grows faster than
+linearly; chained producers that hit it are stored, which bounds the cost of a chain by its length."""
+
+FLOPS_PER_BYTE = 4
+"""Arithmetic that costs as much as moving one byte: a core does about 30 to 60 vectorised f32 operations per
+nanosecond-slot in which it moves 8 to 12 bytes of memory, so up to 4 operations per byte saved are worth recomputing."""
+
+
+def inline_pointwise(graph: Graph, ctx: Context) -> Graph:
+    """Inline producers into their readers, in program order, so that chains collapse in one sweep."""
+    roots = storage_roots(graph)
+    writes = _write_positions(graph, roots)
+    nodes = list(graph.nodes)
+    producers = {n.out.name: p for p, n in enumerate(nodes) if isinstance(n, Pointwise)}
+    for position, node in enumerate(graph.nodes):
+        if not isinstance(node, Pointwise | Reduction | Store):
+            continue
+        for name in node.operands:
+            source = producers.get(name)
+            if source is None:
+                continue
+            producer = nodes[source]
+            assert isinstance(producer, Pointwise)
+            reason = _refusal(graph, producer, nodes[position], name)
+            if reason is None and _crosses_write(producer, source, position, roots, writes):
+                reason = "its inputs are written in between"
+            merged = _inline(nodes[position], producer) if reason is None else nodes[position]
+            if reason is None and isinstance(merged, Store) and reads_elsewhere(merged, roots):
+                reason = "the store overwrites elements it would still read"
+            if reason is None:
+                nodes[position] = merged
+            elif reason != _SAME_SHAPE:
+                ctx.verdict("inline", name, "stored", reason)
+    return drop_dead(graph.with_nodes(tuple(nodes)), ctx)
+
+
+_SAME_SHAPE = "computed once for readers of its own shape"
+
+
+def _refusal(graph: Graph, producer: Pointwise, reader: Node, name: str) -> str | None:
+    """Why ``producer`` is not inlined into ``reader``; None if it is."""
+    if not isinstance(reader, Pointwise | Reduction | Store):
+        return "its reader is no loop"
+    if isinstance(reader, Store) and any(name in _names(b) for b in reader.bind):
+        return "it decides where a store goes"
+    body = producer.expr
+    cost = ex.flops(body)
+    sources = len({load for load in ex.loads(body)})
+    if sources == 0 and cost == 0:
+        return None
+    if _count_ops(body) + _count_ops(reader.expr) > MAX_OPS:
+        return f"the body would exceed {MAX_OPS} operations"
+    hints = graph.size_hints
+    sites = [load for load in ex.loads(reader.expr) if load.buffer == name]
+    evaluations = hint(_iterations(reader), hints) * len(sites)
+    elements = max(1, hint(producer.out.numel, hints))
+    users = graph.users[name]
+    stored_anyway = name in graph.output_names or any(
+        not isinstance(graph.nodes[u], Pointwise | Reduction | Store) for u in users
+    )
+    if len(users) == 1 and not stored_anyway and evaluations <= elements:
+        return None
+    itemsize = producer.out.dtype.itemsize
+    recompute = cost * evaluations + FLOPS_PER_BYTE * _input_bytes(body) * max(0, evaluations - elements)
+    if len(users) > 1 or stored_anyway:
+        if evaluations <= elements and cost > 2 * FLOPS_PER_BYTE:
+            return _SAME_SHAPE
+        recompute += FLOPS_PER_BYTE * _input_bytes(body) * min(evaluations, elements)
+    traffic = itemsize * (evaluations + (0 if stored_anyway else elements))
+    if recompute <= FLOPS_PER_BYTE * traffic:
+        return None
+    return f"recomputing takes {recompute} operations, {traffic} bytes of traffic are worth {FLOPS_PER_BYTE * traffic}"
+
+
+def _input_bytes(body: ex.Expr) -> int:
+    return sum(load.dtype.itemsize for load in ex.loads(body))
+
+
+def _names(root: ex.Expr) -> set[str]:
+    return {load.buffer for load in ex.loads(root)}
+
+
+def _count_ops(root: ex.Expr) -> int:
+    return sum(1 for node in ex.walk(root) if isinstance(node, ex.Op | ex.Masked))
+
+
+def _axes(node: Node) -> tuple[Axis, ...]:
+    if isinstance(node, Reduction):
+        return node.axes + node.raxes
+    assert isinstance(node, Pointwise | Store)
+    return node.axes
+
+
+def _iterations(node: Node) -> Size:
+    total: Size = 1
+    for _, size in _axes(node):
+        total = total * size
+    return total
+
+
+def _inline(reader: Node, producer: Pointwise) -> Node:
+    """``reader`` with every load of the producer's value replaced by the producer's body at that position."""
+    ranges: Ranges = dict(_axes(reader))
+    name = producer.out.name
+
+    def leaf(node: ex.Expr) -> ex.Expr | None:
+        if not isinstance(node, ex.Load) or node.buffer != name:
+            return None
+        mapping = {var: at for (var, _), at in zip(producer.axes, node.index, strict=True)}
+        return tidy(ex.substitute(producer.expr, mapping, node.bind), ranges)
+
+    assert isinstance(reader, Pointwise | Reduction | Store)
+    return replace(reader, expr=ex.transform(reader.expr, leaf), origin=producer.origin | reader.origin)
+
+
+def tidy(root: ex.Expr, ranges: Ranges) -> ex.Expr:
+    """Simplify the index arithmetic of ``root`` under the loop ranges."""
+
+    def short(entry: sympy.Expr) -> sympy.Expr:
+        return simplify(entry, ranges) if entry.has(FloorDiv, Mod) else entry
+
+    def leaf(node: ex.Expr) -> ex.Expr | None:
+        if isinstance(node, ex.Load):
+            return ex.load(node.buffer, tuple(short(i) for i in node.index), node.dtype, node.bind)
+        if isinstance(node, ex.Index):
+            return ex.index(short(node.expr), node.dtype, node.bind)
+        return None
+
+    return ex.transform(root, leaf)
+
+
+def _write_positions(graph: Graph, roots: dict[str, str]) -> dict[str, list[int]]:
+    """Positions at which each storage is written after its creation."""
+    found: dict[str, list[int]] = {}
+    for position, node in enumerate(graph.nodes):
+        for name in node.mutates:
+            found.setdefault(roots[name], []).append(position)
+    return found
+
+
+def _crosses_write(
+    producer: Pointwise, start: int, end: int, roots: dict[str, str], writes: dict[str, list[int]]
+) -> bool:
+    return any(
+        start < position < end for name in producer.operands for position in writes.get(roots.get(name, name), ())
+    )

@@ -1,0 +1,165 @@
+"""Cleaning a LOOPS graph: loads look through views, equal nodes become one, copies of copies and dead nodes go."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import sympy
+
+from dcompile.analyse.alias import storage_roots
+from dcompile.analyse.context import Context
+from dcompile.ir import expr as ex
+from dcompile.ir.graph import Graph
+from dcompile.ir.index import FloorDiv, Mod, Ranges, simplify
+from dcompile.ir.nodes import Node, Pointwise, Reduction, Store, View
+from dcompile.ir.types import Value, contiguous_stride
+
+
+def simplify_graph(graph: Graph, ctx: Context) -> Graph:
+    """All of this module, in an order in which one run is enough."""
+    for step in (see_through_views, merge_equal, drop_copies, drop_dead, detach_overlapping_stores):
+        graph = step(graph, ctx)
+    return graph
+
+
+def see_through_views(graph: Graph, ctx: Context) -> Graph:
+    """Loads of a view become loads of what it views, and views of views become views of the first base."""
+    views: dict[str, View] = {}
+    nodes: list[Node] = []
+    for node in graph.nodes:
+        if isinstance(node, View):
+            base = views.get(node.base)
+            if base is not None:
+                index = compose(base, node.index, dict(node.axes))
+                node = replace(node, base=base.base, index=index, origin=node.origin | base.origin)
+            views[node.out.name] = node
+        elif isinstance(node, Pointwise | Reduction | Store) and any(name in views for name in node.operands):
+            node = _load_through(node, views)
+        nodes.append(node)
+    return graph.with_nodes(tuple(nodes))
+
+
+def compose(view: View, position: tuple[sympy.Expr, ...], ranges: Ranges) -> tuple[sympy.Expr, ...]:
+    """The position in ``view.base`` of the view's element at ``position``."""
+    mapping = {var: at for (var, _), at in zip(view.axes, position, strict=True)}
+    return tuple(_short(entry.xreplace(mapping), ranges) for entry in view.index)
+
+
+def _short(expr: sympy.Expr, ranges: Ranges) -> sympy.Expr:
+    return simplify(expr, ranges) if expr.has(FloorDiv, Mod) else expr
+
+
+def _load_through(node: Pointwise | Reduction | Store, views: dict[str, View]) -> Node:
+    ranges = dict(node.axes + (node.raxes if isinstance(node, Reduction) else ()))
+
+    def leaf(item: ex.Expr) -> ex.Expr | None:
+        if not isinstance(item, ex.Load) or item.buffer not in views:
+            return None
+        view = views[item.buffer]
+        return ex.load(view.base, compose(view, item.index, ranges), item.dtype, item.bind)
+
+    changed = replace(node, expr=ex.transform(node.expr, leaf))
+    if isinstance(changed, Store):
+        changed = replace(changed, bind=tuple(ex.transform(b, leaf) for b in changed.bind))
+    return changed
+
+
+def merge_equal(graph: Graph, ctx: Context) -> Graph:
+    """Nodes that compute the same from the same become one, unless something writes into either result."""
+    mutated = {name for node in graph.nodes for name in node.mutates}
+    bases = {node.out.name: node.base for node in graph.nodes if isinstance(node, View)}
+    pinned = mutated | {bases[name] for name in mutated if name in bases} | graph.output_names
+    seen: dict[tuple[object, ...], Value] = {}
+    names: dict[str, str] = {}
+    nodes: list[Node] = []
+    for node in graph.nodes:
+        node = node.rename(names) if any(name in names for name in node.operands) else node
+        if isinstance(node, Pointwise | Reduction | View) and node.out.name not in pinned:
+            key = _value_key(node)
+            first = seen.setdefault(key, node.out)
+            if first is not node.out:
+                names[node.out.name] = first.name
+                continue
+        nodes.append(node)
+    return graph.with_nodes(tuple(nodes))
+
+
+def _value_key(node: Pointwise | Reduction | View) -> tuple[object, ...]:
+    out = (node.out.dtype, node.out.shape, node.out.stride, node.out.device)
+    if isinstance(node, View):
+        return (View, out, node.base, node.axes, node.index)
+    if isinstance(node, Pointwise):
+        return (Pointwise, out, node.axes, node.expr)
+    return (Reduction, out, node.kind, node.axes, node.raxes, node.expr)
+
+
+def is_copy_of(node: Node) -> str | None:
+    """The buffer that a Pointwise repeats element by element at the same positions, or None."""
+    if not isinstance(node, Pointwise) or not isinstance(node.expr, ex.Load):
+        return None
+    same = len(node.expr.index) == len(node.axes) and all(
+        at == var or (size == 1 and at == 0) for at, (var, size) in zip(node.expr.index, node.axes, strict=True)
+    )
+    return node.expr.buffer if same else None
+
+
+def drop_copies(graph: Graph, ctx: Context) -> Graph:
+    """A copy nobody writes to and the caller does not get is the original, if layout and dtype agree."""
+    storage_written = {name for node in graph.nodes for name in node.mutates}
+    versions_written = storage_written | {d.name for node in graph.nodes if node.mutates for d in node.defs}
+    names: dict[str, str] = {}
+    nodes: list[Node] = []
+    for node in graph.nodes:
+        node = node.rename(names) if any(name in names for name in node.operands) else node
+        source = is_copy_of(node)
+        if isinstance(node, Pointwise) and source is not None and node.out.name not in graph.output_names:
+            original, copy = graph.value(source), node.out
+            alike = (original.shape, original.stride, original.dtype, original.device) == (
+                copy.shape,
+                copy.stride,
+                copy.dtype,
+                copy.device,
+            )
+            if alike and copy.name not in storage_written and source not in versions_written:
+                names[copy.name] = source
+                continue
+        nodes.append(node)
+    return graph.with_nodes(tuple(nodes))
+
+
+def drop_dead(graph: Graph, ctx: Context) -> Graph:
+    """Nodes without effect whose results nobody reads are removed."""
+    live = set(graph.output_names)
+    kept: list[Node] = []
+    for node in reversed(graph.nodes):
+        if node.has_effect or any(d.name in live for d in node.defs):
+            live.update(node.operands)
+            kept.append(node)
+    return graph.with_nodes(tuple(reversed(kept)))
+
+
+def reads_elsewhere(store: Store, roots: dict[str, str]) -> bool:
+    """Whether ``store`` reads its target's storage at positions other than the one it is writing."""
+    target = roots[store.target]
+    return any(
+        roots.get(load.buffer, load.buffer) == target and (load.buffer != store.target or load.index != store.index)
+        for root in (store.expr, *store.bind)
+        for load in ex.loads(root)
+    )
+
+
+def detach_overlapping_stores(graph: Graph, ctx: Context) -> Graph:
+    """A store that reads its own target elsewhere (``x.copy_(x.t())``) first computes all it stores, then stores it."""
+    if not any(isinstance(node, Store) for node in graph.nodes):
+        return graph
+    roots = storage_roots(graph)
+    nodes: list[Node] = []
+    for node in graph.nodes:
+        if isinstance(node, Store) and reads_elsewhere(node, roots):
+            shape = tuple(size for _, size in node.axes)
+            value = Value(f"{node.out.name}_new", node.expr.dtype, shape, contiguous_stride(shape), node.out.device)
+            nodes.append(Pointwise(out=value, axes=node.axes, expr=node.expr, origin=node.origin))
+            position = tuple(var for var, _ in node.axes)
+            node = replace(node, expr=ex.load(value.name, position, value.dtype))
+        nodes.append(node)
+    return graph.with_nodes(tuple(nodes))

@@ -1,0 +1,338 @@
+"""Trains a byte-level GPT on the source code of Python's standard library, data parallel.
+
+    dcompile-launch --nproc 2 examples/train_gpt.py --backend dcompile
+    torchrun --nproc-per-node 2 examples/train_gpt.py --backend eager
+    python examples/train_gpt.py --preset tiny                            # one process, no process group
+
+Runs are reproducible: data depends only on seed, rank and step, so a resumed run sees what the first would have seen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import sys
+import sysconfig
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import torch.nn.functional as F
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.nn.parallel import DistributedDataParallel
+
+VOCAB = 256
+"""Every byte is a token."""
+
+
+# ---------------------------------------------------------------------------------------------------------- the model
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Size of the model; ``width`` is a multiple of ``heads``, ``context`` the longest sequence in tokens."""
+
+    layers: int
+    width: int
+    heads: int
+    context: int
+
+
+PRESETS = {"small": Shape(layers=6, width=384, heads=6, context=256), "tiny": Shape(2, 64, 2, 64)}
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block; maps ``(batch, sequence, width)`` to the same shape."""
+
+    def __init__(self, shape: Shape, dropout: float) -> None:
+        super().__init__()
+        self.heads, self.dropout = shape.heads, dropout
+        self.norm_attention = nn.LayerNorm(shape.width)
+        self.qkv = nn.Linear(shape.width, 3 * shape.width)
+        self.merge = nn.Linear(shape.width, shape.width)
+        self.norm_mlp = nn.LayerNorm(shape.width)
+        self.widen = nn.Linear(shape.width, 4 * shape.width)
+        self.narrow = nn.Linear(4 * shape.width, shape.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop(self.attend(self.norm_attention(x)))
+        return x + self.drop(self.narrow(F.gelu(self.widen(self.norm_mlp(x)))))
+
+    def attend(self, x: Tensor) -> Tensor:
+        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, dim=-1))
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.merge(mixed.transpose(1, 2).flatten(-2))
+
+    def drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout, self.training) if self.dropout else x
+
+
+class GPT(nn.Module):
+    """Decoder-only transformer over bytes with learned positions and tied embeddings."""
+
+    def __init__(self, shape: Shape, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.token = nn.Embedding(VOCAB, shape.width)
+        self.position = nn.Embedding(shape.context, shape.width)
+        self.blocks = nn.ModuleList(Block(shape, dropout) for _ in range(shape.layers))
+        self.norm = nn.LayerNorm(shape.width)
+        self.apply(self._initialise)
+        for block in self.blocks:  # keeps the variance of the residual stream independent of the depth (GPT-2)
+            for projection in (block.merge, block.narrow):
+                nn.init.normal_(projection.weight, std=0.02 / math.sqrt(2 * shape.layers))
+
+    @staticmethod
+    def _initialise(module: nn.Module) -> None:
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)
+
+    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross entropy in nats of ``targets`` given ``tokens``; both int64 ``(batch, sequence)``."""
+        x = self.token(tokens) + self.position.weight[: tokens.shape[1]]
+        for block in self.blocks:
+            x = block(x)
+        logits = F.linear(self.norm(x), self.token.weight)
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+# ----------------------------------------------------------------------------------------------------------- the data
+
+
+def standard_library() -> Tensor:
+    """All Python source files of the running interpreter's standard library, in sorted order, as one uint8 tensor."""
+    root = Path(sysconfig.get_path("stdlib"))
+    files = sorted(path for path in root.rglob("*.py") if "site-packages" not in path.parts)
+    return torch.frombuffer(bytearray(b"\n".join(path.read_bytes() for path in files)), dtype=torch.uint8)
+
+
+def batch_of(text: Tensor, batch: int, context: int, *, seed: int, rank: int, step: int) -> tuple[Tensor, Tensor]:
+    """Random windows of the text and the same windows one byte later, both int64 ``(batch, context)``."""
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + step) * 65_537 + rank)
+    starts = torch.randint(len(text) - context, (batch, 1), generator=generator)
+    windows = text[starts + torch.arange(context + 1)].long()
+    return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
+
+
+# ------------------------------------------------------------------------------------------------------- the training
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--backend", choices=("eager", "dcompile", "inductor"), default="dcompile")
+    add("--preset", choices=tuple(PRESETS), default="small", help="sizes; the flags below replace single ones")
+    for size in ("layers", "width", "heads", "context"):
+        add(f"--{size}", type=int)
+    add("--dropout", type=float, default=0.0)
+    add("--batch", type=int, default=8, help="sequences per rank and step")
+    add("--steps", type=int, default=1000, help="number of the last step, counted from the first run")
+    add("--lr", type=float, default=1e-3)
+    add("--warmup", type=int, default=100, help="steps of linear warm-up; cosine decay to a tenth follows")
+    add("--seed", type=int, default=0)
+    add("--loss-log", type=Path, help="JSON lines: step, loss averaged over ranks, seconds since the previous line")
+    add("--checkpoint-dir", type=Path)
+    add("--checkpoint-every", type=int, default=0, help="steps; 0 saves only after the last one")
+    add(
+        "--resume", action="store_true", help="continue from the newest checkpoint in --checkpoint-dir, if there is one"
+    )
+    given = parser.parse_args(argv)
+    if given.resume and given.checkpoint_dir is None:
+        parser.error("--resume needs --checkpoint-dir")
+    return given
+
+
+def shape_of(given: argparse.Namespace) -> Shape:
+    preset = PRESETS[given.preset]
+    return Shape(**{name: getattr(given, name) or getattr(preset, name) for name in vars(preset)})
+
+
+def learning_rate(step: int, given: argparse.Namespace) -> float:
+    """Linear warm-up, then cosine decay to a tenth of ``--lr`` at the last step."""
+    if step < given.warmup:
+        return float(given.lr * (step + 1) / given.warmup)
+    done = (step - given.warmup) / max(1, given.steps - given.warmup)
+    return float(given.lr * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))))
+
+
+@contextlib.contextmanager
+def ranks() -> Iterator[tuple[int, int, torch.device]]:
+    """Rank, number of ranks and device; with the environment of a launcher also the default process group."""
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    if "RANK" not in os.environ:
+        yield 0, 1, device
+        return
+    dist.init_process_group("nccl" if on_gpu else "gloo")
+    try:
+        yield dist.get_rank(), dist.get_world_size(), device
+    finally:
+        dist.destroy_process_group()
+
+
+def parallel(model: nn.Module, backend: str, device: torch.device) -> tuple[nn.Module, nn.Module]:
+    """The model as it is called in training, and the module whose state is saved."""
+    distributed = dist.is_initialized()
+    if backend == "dcompile":
+        import dcompile
+
+        wrapped = dcompile.data_parallel(model) if distributed else model
+        return torch.compile(wrapped, backend="dcompile"), model
+    if distributed:
+        wrapped = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+    else:
+        wrapped = model
+    return torch.compile(wrapped) if backend == "inductor" else wrapped, model
+
+
+class Checkpoints:
+    """Model, optimizer and step, saved by all ranks together with torch.distributed.checkpoint."""
+
+    def __init__(self, folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        self.folder, self.model, self.optimizer = folder, model, optimizer
+
+    def save(self, step: int) -> None:
+        model, optimizer = get_state_dict(self.model, self.optimizer)
+        state = {"model": model, "optimizer": optimizer, "step": step}
+        dcp.save(state, checkpoint_id=self.folder / f"step-{step:08}", no_dist=not dist.is_initialized())
+
+    def load(self) -> int:
+        """Restores the newest complete checkpoint; returns its step, 0 if there is none."""
+        found = sorted(path.parent for path in self.folder.glob("step-*/.metadata"))
+        if not found:
+            return 0
+        model, optimizer = get_state_dict(self.model, self.optimizer)
+        state: dict[str, Any] = {"model": model, "optimizer": optimizer, "step": 0}
+        dcp.load(state, checkpoint_id=found[-1], no_dist=not dist.is_initialized())
+        set_state_dict(self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+        return int(state["step"])
+
+
+def mean_over_ranks(loss: Tensor, world: int) -> float:
+    total = loss.detach().clone()
+    if world > 1:
+        dist.all_reduce(total)
+    return float(total) / world
+
+
+class Display:
+    """Progress on rank 0: a bar in a terminal, plain lines elsewhere; other ranks are silent."""
+
+    LINES = 20
+    """Lines a run prints at most when standard output is not a terminal, beside the first steps."""
+
+    def __init__(self, rank: int, first: int, steps: int, tokens_per_step: int) -> None:
+        self.shown, self.steps, self.tokens_per_step = rank == 0, steps, tokens_per_step
+        self.console = Console(highlight=False)
+        self.every = math.ceil((steps - first) / self.LINES) or 1
+        self.first = first
+        self.bar = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TimeElapsedColumn(),
+            console=self.console,
+            disable=not (self.shown and self.console.is_terminal),
+        )
+        self.task = self.bar.add_task("compiling", total=steps, completed=first)
+
+    def __enter__(self) -> Display:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+    def say(self, text: str) -> None:
+        if self.shown:
+            self.console.print(text, soft_wrap=True)
+
+    def step(self, step: int, loss: float, seconds: float) -> None:
+        line = f"step {step:>5}  loss {loss:.4f}  {self.tokens_per_step / seconds:>9,.0f} tokens/s"
+        if step == self.first + 1:
+            line += "  (compiles)"
+        self.bar.update(self.task, completed=step, description=line)
+        if self.bar.disable and (step in (self.first + 1, self.first + 2, self.steps) or step % self.every == 0):
+            self.say(line)
+
+
+def communication_hidden(backend: str) -> str:
+    """How much of the communication ran under compute, in words."""
+    if backend != "dcompile" or not dist.is_initialized():
+        return "communication hidden: not measured"
+    import dcompile
+
+    summary = dcompile.communication_summary()
+    if summary.hidden_share is None:
+        return "communication hidden: not measured"
+    return (
+        f"communication hidden: {summary.hidden_share:.0%} of {summary.total_us / 1e3:.1f} ms, "
+        f"{summary.exposed_us / 1e3:.1f} ms exposed (last step)"
+    )
+
+
+def train(given: argparse.Namespace, rank: int, world: int, device: torch.device) -> None:
+    shape = shape_of(given)
+    torch.manual_seed(given.seed)
+    model = GPT(shape, given.dropout).to(device)
+    called, saved = parallel(model, given.backend, device)
+    torch.manual_seed(given.seed + 1 + rank)  # dropout differs between ranks
+    optimizer = torch.optim.AdamW(model.parameters(), lr=given.lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    checkpoints = Checkpoints(given.checkpoint_dir, saved, optimizer) if given.checkpoint_dir else None
+    first = checkpoints.load() if checkpoints and given.resume else 0
+    text = standard_library()
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    with (
+        Display(rank, first, given.steps, given.batch * shape.context * world) as display,
+        contextlib.ExitStack() as files,
+    ):
+        display.say(
+            f"{given.backend}: {parameters / 1e6:.1f} M parameters, {world} rank{'s' * (world > 1)} on {device.type}, "
+            f"{len(text) / 1e6:.0f} MB of text, {'resumed at' if first else 'from'} step {first}"
+        )
+        log = files.enter_context(given.loss_log.open("a" if first else "w")) if given.loss_log and rank == 0 else None
+        for step in range(first, given.steps):
+            began = time.perf_counter()
+            batch = batch_of(text, given.batch, shape.context, seed=given.seed, rank=rank, step=step)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, given)
+            loss = called(*(part.to(device) for part in batch))
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            mean = mean_over_ranks(loss, world)
+            seconds = time.perf_counter() - began
+            display.step(step + 1, mean, seconds)
+            if log:
+                print(json.dumps({"step": step + 1, "loss": mean, "seconds": seconds}), file=log, flush=True)
+            last = step + 1 == given.steps
+            if checkpoints and (last or (given.checkpoint_every and (step + 1) % given.checkpoint_every == 0)):
+                checkpoints.save(step + 1)
+        display.say(communication_hidden(given.backend))
+
+
+def main(argv: list[str] | None = None) -> int:
+    given = parse(argv)
+    with ranks() as (rank, world, device):
+        train(given, rank, world, device)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

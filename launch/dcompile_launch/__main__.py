@@ -1,0 +1,5 @@
+import sys
+
+from dcompile_launch.main import main
+
+sys.exit(main())

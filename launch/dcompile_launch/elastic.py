@@ -1,0 +1,163 @@
+"""Ranks of this machine as child processes, on torch's elastic agent (the machinery of ``torchrun``)."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import signal
+import sys
+import tempfile
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from dcompile_launch.inplace import LaunchError
+
+CPU_RANKS = 2
+"""Ranks that ``--nproc auto`` starts on a machine without GPUs: the fewest that communicate."""
+
+CHAINED = ("During handling of the above exception", "The above exception was the direct cause")
+"""How Python introduces the next of several chained tracebacks."""
+
+TAIL_LINES = 20
+"""Lines of standard error shown for a rank that ended without a traceback: one screen."""
+
+
+def local_devices() -> int:
+    """Ranks this machine is good for: its CUDA devices, or ``CPU_RANKS``."""
+    import torch
+
+    return torch.cuda.device_count() or CPU_RANKS
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to start.
+
+    Attributes:
+        script: Python file, run by every rank.
+        args: its arguments.
+        nproc: ranks on this machine.
+        nnodes: machines.
+        rendezvous: ``host:port`` where machines meet; None on one machine, where a free port is taken.
+        job_id: name shared by all machines of the job.
+        log_dir: folder that keeps every rank's output; None keeps it only while the job runs.
+
+    Raises:
+        LaunchError: several machines, but no rendezvous or no job id.
+    """
+
+    script: str
+    args: tuple[str, ...] = ()
+    nproc: int = CPU_RANKS
+    nnodes: int = 1
+    rendezvous: str | None = None
+    job_id: str | None = None
+    log_dir: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.nnodes < 1:
+            raise LaunchError(f"--nnodes {self.nnodes}: expected a positive number")
+        if self.nnodes > 1 and not (self.rendezvous and self.job_id):
+            raise LaunchError(f"--nnodes {self.nnodes} needs --rendezvous HOST:PORT and --job-id NAME on every machine")
+
+    def threads(self, environment: Mapping[str, str]) -> str:
+        """``OMP_NUM_THREADS`` of each rank: the value already set, else this process's cores shared evenly."""
+        return environment.get("OMP_NUM_THREADS") or str(max(1, len(os.sched_getaffinity(0)) // self.nproc))
+
+    def describe(self) -> str:
+        """The job in words, for ``--dry-run``."""
+        meeting = f"at {self.rendezvous}, job {self.job_id}" if self.rendezvous else "on this machine, at a free port"
+        return "\n".join(
+            (
+                f"start    {self.nproc} ranks on this machine, {self.nproc * self.nnodes} in all",
+                f"command  {shlex.join([sys.executable, '-u', self.script, *self.args])}",
+                f"threads  OMP_NUM_THREADS={self.threads(os.environ)} each",
+                f"meet     {meeting}",
+                f"logs     {self.log_dir or 'not kept'}",
+            )
+        )
+
+
+def launch(job: Job) -> int:
+    """Starts the ranks and waits for them.
+
+    Returns:
+        0, or the exit code of the rank that failed first (128 + n if signal n ended it). The end of that rank's
+        standard error, its traceback, is then the last thing printed. The other ranks are stopped.
+    """
+    if job.log_dir is not None:
+        job.log_dir.mkdir(parents=True, exist_ok=True)
+        return _launch(job, job.log_dir)
+    with tempfile.TemporaryDirectory(prefix="dcompile-launch-") as folder:
+        return _launch(job, Path(folder))
+
+
+def _launch(job: Job, log_dir: Path) -> int:
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    os.environ["OMP_NUM_THREADS"] = job.threads(os.environ)
+    run_id = job.job_id or uuid.uuid4().hex
+    config = LaunchConfig(
+        min_nodes=job.nnodes,
+        max_nodes=job.nnodes,
+        nproc_per_node=job.nproc,
+        run_id=run_id,
+        rdzv_backend="c10d",
+        rdzv_endpoint=job.rendezvous or "localhost:0",
+        max_restarts=0,
+        local_addr=None if job.rendezvous else "localhost",
+        # Standard output stays the terminal's, so that progress bars work, unless it is to be kept as well.
+        logs_specs=DefaultLogsSpecs(log_dir=str(log_dir), tee=Std.ERR if job.log_dir is None else Std.ALL),
+        log_line_prefix_template="[rank ${rank}] ",
+    )
+    try:
+        elastic_launch(config, sys.executable)("-u", job.script, *job.args)
+    except ChildFailedError as error:
+        # Ranks that end by SIGTERM were stopped by the agent because of the others.
+        failures = list(error.failures.items())
+        own = [(rank, failure) for rank, failure in failures if failure.exitcode != -signal.SIGTERM] or failures
+        logs = {rank: _stderr_log(log_dir, run_id, failure.local_rank) for rank, failure in own}
+        rank, failure = min(own, key=lambda item: _last_write_ns(logs[item[0]]))
+        _show_failure(rank, failure.exitcode, logs[rank])
+        return 128 - failure.exitcode if failure.exitcode < 0 else failure.exitcode
+    except SignalException as error:
+        return 128 + int(error.sigval)
+    return 0
+
+
+def _stderr_log(log_dir: Path, run_id: str, local_rank: int) -> Path | None:
+    """Where the agent keeps a rank's standard error: ``<log_dir>/<run id>_<random>/attempt_0/<local rank>``."""
+    return max(log_dir.glob(f"{run_id}_*/attempt_0/{local_rank}/stderr.log"), key=_last_write_ns, default=None)
+
+
+def _last_write_ns(log: Path | None) -> int:
+    """When a rank last wrote to standard error, in nanoseconds.
+
+    The agent notices failures by polling, so a rank that failed only because another one left looks as early to it as
+    the cause. The one that wrote its last words first is the cause; one that left without a word wrote none after its
+    start, while its peers complain about a closed connection.
+    """
+    return log.stat().st_mtime_ns if log is not None else sys.maxsize
+
+
+def _show_failure(rank: int, exit_code: int, log: Path | None) -> None:
+    cause = f"signal {-exit_code}" if exit_code < 0 else f"exit code {exit_code}"
+    last_words = last_traceback(log.read_text(errors="replace")) if log is not None else ""
+    print(f"\nrank {rank} failed first ({cause}):\n{last_words}", file=sys.stderr, flush=True)
+
+
+def last_traceback(text: str) -> str:
+    """The last traceback in ``text`` with those it is chained to; without any, the last ``TAIL_LINES`` lines."""
+    lines = [re.sub(r"^\[rank\d+\]: ?", "", line) for line in text.rstrip().splitlines()]
+    starts = [number for number, line in enumerate(lines) if line.startswith("Traceback (most recent call last):")]
+    if not starts:
+        return "\n".join(lines[-TAIL_LINES:])
+    start = starts.pop()
+    while starts and any(line.startswith(CHAINED) for line in lines[starts[-1] : start]):
+        start = starts.pop()
+    return "\n".join(lines[start:])
