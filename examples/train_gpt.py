@@ -185,19 +185,23 @@ def ranks() -> Iterator[tuple[int, int, torch.device]]:
         dist.destroy_process_group()
 
 
-def parallel(model: nn.Module, backend: str, device: torch.device) -> tuple[nn.Module, nn.Module]:
-    """The model as it is called in training, and the module whose state is saved."""
+def parallel(model: nn.Module, backend: str, device: torch.device, *, timeline: bool = False) -> nn.Module:
+    """The model as it is called in training: data parallel if there are several ranks, compiled by the backend.
+
+    Args:
+        timeline: let dcompile record when each step and each collective runs.
+    """
     distributed = dist.is_initialized()
     if backend == "dcompile":
         import dcompile
 
         wrapped = dcompile.data_parallel(model) if distributed else model
-        return torch.compile(wrapped, backend="dcompile"), model
+        return torch.compile(wrapped, backend="dcompile", options={"timeline": timeline})
     if distributed:
         wrapped = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
     else:
         wrapped = model
-    return torch.compile(wrapped) if backend == "inductor" else wrapped, model
+    return torch.compile(wrapped) if backend == "inductor" else wrapped
 
 
 class Checkpoints:
@@ -291,10 +295,10 @@ def train(given: argparse.Namespace, rank: int, world: int, device: torch.device
     shape = shape_of(given)
     torch.manual_seed(given.seed)
     model = GPT(shape, given.dropout).to(device)
-    called, saved = parallel(model, given.backend, device)
+    called = parallel(model, given.backend, device, timeline=True)
     torch.manual_seed(given.seed + 1 + rank)  # dropout differs between ranks
     optimizer = torch.optim.AdamW(model.parameters(), lr=given.lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    checkpoints = Checkpoints(given.checkpoint_dir, saved, optimizer) if given.checkpoint_dir else None
+    checkpoints = Checkpoints(given.checkpoint_dir, model, optimizer) if given.checkpoint_dir else None
     first = checkpoints.load() if checkpoints and given.resume else 0
     text = standard_library()
     parameters = sum(parameter.numel() for parameter in model.parameters())

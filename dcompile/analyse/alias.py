@@ -79,6 +79,8 @@ def _general(view: View, base: str, expr: sympy.Expr, addresses: dict[str, _Addr
     """Resolve by symbolic differencing; a map that is not affine is kept in ``addresses`` for views of this view."""
     address = _Address(base, view.axes, simplify(expr, dict(view.axes)))
     affine = _affine(address)
+    if any(size == 0 for size in view.out.shape):
+        affine = view.out.stride, 0
     if affine is None:
         addresses[view.out.name] = address
         return None
@@ -87,7 +89,7 @@ def _general(view: View, base: str, expr: sympy.Expr, addresses: dict[str, _Addr
 
 def _strided(view: View, base: str, steps: tuple[Size, ...], start: Size) -> Strided:
     shape, own = view.out.shape, view.out.stride
-    if any(size == 0 for size in shape):
+    if any(size == 0 for size in shape):  # no element: any strides will do, and the offset must stay in the storage
         return Strided(base, shape, own, 0)
     kept = tuple(o if size == 1 else step for size, o, step in zip(shape, own, steps, strict=True))
     return Strided(base, shape, kept, start)
@@ -150,19 +152,19 @@ def storage_roots(graph: Graph) -> dict[str, str]:
             starts[node.pending.name] = node
         for name, shared in shared_storage(node, starts):
             if shared is not None and shared not in roots:
-                raise CompilerBug(f"{graph.name}: {name} shares the storage of {shared}, which is not defined before it")
+                raise CompilerBug(f"{graph.name}: {name} shares the storage of {shared}, which is not defined before")
             roots[name] = name if shared is None else roots[shared]
     return roots
 
 
 def shared_storage(node: Node, starts: dict[str, Start]) -> Iterator[tuple[str, str | None]]:
-    """For each tensor ``node`` brings into being: its name and the operand whose storage it shares, None for fresh memory.
+    """For each tensor ``node`` brings into being: its name and the operand whose storage it shares, None if fresh.
 
     ``starts`` maps the pendings launched so far to their launches. The results of an out-of-place collective exist
     from its Start on.
 
     Raises:
-        CompilerBug: a wait names no launch.
+        CompilerBug: a wait names no launch, or defines another number of tensors than the launch has.
     """
     if isinstance(node, View):
         yield node.out.name, node.base
@@ -185,6 +187,8 @@ def shared_storage(node: Node, starts: dict[str, Start]) -> Iterator[tuple[str, 
         if node.pending not in starts:
             raise CompilerBug(f"wait on {node.pending}, which no start launches")
         start = starts[node.pending]
+        if not len(node.outs) == len(start.pending.results) == len(start.sources):
+            raise CompilerBug(f"wait on {node.pending} gives {len(node.outs)} tensors for {len(start.sources)} sources")
         shared = start.sources if start.pending.in_place else (None,) * len(node.outs)
         for out, source in zip(node.outs, shared, strict=True):
             yield out.name, source

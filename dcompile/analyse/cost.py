@@ -133,25 +133,25 @@ CPU_CORE = Roofline(
     call_us=3.5,
     matmul_flops_per_us={DType.F32: 90_000, DType.BF16: 180_000, DType.F64: 45_000},
 )
-"""One core of a cloud server with AVX-512 (AMD EPYC), one thread a rank, two ranks at once, torch 2.13, best and median of 20.
-
-matmul: 512^3 and 1024^3 f32 91-102 GFLOP/s, 512^3 bf16 214 GFLOP/s; f64 taken as half of f32. bytes: read plus write of a
-64 MiB tensor 23-24.5 GB/s (65-76 GB/s from cache). flops: exp of 16 Ki floats 18 us is 0.9 elements a ns, times
-the weight 12 of exp. call: a 4x4 ``mm.out`` 3.3-3.9 us, a 16-element ``relu`` 2.9-3.4 us. launch: a foreign function call."""
+"""One core of a cloud server with AVX-512 (AMD EPYC), one thread a rank, two ranks at once, torch 2.13, best and median
+of 20. matmul: 512^3 and 1024^3 f32 91-102 GFLOP/s, 512^3 bf16 214 GFLOP/s; f64 taken as half of f32. bytes: read plus
+write of a 64 MiB tensor 23-24.5 GB/s (65-76 GB/s from cache). flops: exp of 16 Ki floats 18 us is 0.9 elements a
+nanosecond, times the weight 12 of exp. call: a 4x4 ``mm.out`` 3.3-3.9 us, a 16-element ``relu`` 2.9-3.4 us. launch: an
+estimate for a foreign function call from Python."""
 
 GLOO_LOOPBACK = LinkModel(
     alpha_us=300,
     bytes_per_us=1_500,
     contention=1.0,
     hop_us=150,
-    slowdown={Kind.ALL_GATHER: 3.0, Kind.REDUCE_SCATTER: 3.5, Kind.BROADCAST: 0.45, Kind.ALL_TO_ALL: 1.2},
+    slowdown={Kind.ALL_GATHER: 3.3, Kind.REDUCE_SCATTER: 4.0, Kind.BROADCAST: 0.47, Kind.ALL_TO_ALL: 1.3},
 )
-"""gloo over loopback TCP, two ranks on two cores, one thread each, torch 2.13, best and median of 8-30 (us):
-all-reduce 4 KiB 325-500, 1 MiB 520-2400, 16 MiB 8700-13600, 64 MiB 41600-50100 (1.3-1.6 GB/s); all-gather of a 64 MiB shard
-137000-172000, reduce-scatter of 64 MiB 98000-107000, broadcast 18100-23700, all-to-all 26500-31100. hop: half of an empty
-all-reduce's time, which is two steps. contention: 12-ms-long matmuls beside an all-reduce of 1, 16 and 64 MiB took longer
-by 1.4, 0.6 and 1.15 of the all-reduce's own time, because gloo copies and reduces on a core that compute wanted. With cores to
-spare it is less; a measured table should replace these numbers then."""
+"""gloo over loopback TCP, two ranks on two cores, one thread each, torch 2.13, best and median of 8-30, in us:
+all-reduce 4 KiB 325-500, 1 MiB 520-2400, 16 MiB 8700-13600, 64 MiB 41600-50100 (1.3-1.6 GB/s); all-gather of a 64 MiB
+shard 137000-172000, reduce-scatter of 64 MiB 98000-107000 (of 4 MiB 3100-5600), broadcast 18100-23700, all-to-all
+26500-31100. hop: half of an empty all-reduce, which is two steps. contention: 50-77 ms of matmuls beside an all-reduce
+of 1, 16 and 64 MiB took longer by 1.4, 0.6 and 1.15 of the all-reduce's own time: gloo copies and reduces on a core
+that compute wants. With cores to spare it is less; a measured table should replace these numbers then."""
 
 H200 = Roofline(
     flops_per_us=3.0e7,
@@ -160,22 +160,30 @@ H200 = Roofline(
     call_us=6.0,
     matmul_flops_per_us={DType.BF16: 7.4e8, DType.F16: 7.4e8, DType.F32: 5.0e7, DType.F64: 5.0e7},
 )
-"""One H200-class GPU. bf16 matmul: four 8192^3 in 5.95 ms are 739 TFLOP/s. Others are estimates: 80 % of the data sheet's
-4.8 TB/s, half of its 67 TFLOP/s for scalar code and three quarters for f32 and f64 matmuls, a few microseconds a launch."""
+"""One H200-class GPU. bf16 matmul: four 8192^3 in 5.95 ms are 739 TFLOP/s. Others are estimates: 80 % of the data
+sheet's 4.8 TB/s, half of its 67 TFLOP/s for scalar code, three quarters for f32 and f64 matmuls, a few us a launch."""
 
 NCCL_NVLINK = LinkModel(
-    alpha_us=33, bytes_per_us=332_000, contention=0.75, hop_us=1.0, slowdown={Kind.ALL_GATHER: 1.15, Kind.REDUCE_SCATTER: 1.15}
+    alpha_us=33,
+    bytes_per_us=332_000,
+    contention=0.75,
+    hop_us=1.0,
+    slowdown={Kind.ALL_GATHER: 1.15, Kind.REDUCE_SCATTER: 1.15},
 )
-"""NCCL between two H200 over NVLink, bf16: all-reduce 4 KiB 38 us, 1 MiB 35, 16 MiB 75, 64 MiB 252, 1 GiB 3236 (332 GB/s);
-all-gather and reduce-scatter of a 1 GiB shard 3714. contention: a 256 MiB all-reduce (0.97 ms alone) beside 5.95 ms of matmuls
-added 0.75 ms. hop is an estimate (an NVLink write and a flag poll)."""
+"""NCCL between two H200 over NVLink, bf16, in us: all-reduce 4 KiB 38, 1 MiB 35, 16 MiB 75, 64 MiB 252, 1 GiB 3236
+(332 GB/s); all-gather and reduce-scatter of a 1 GiB shard 3714. contention: a 256 MiB all-reduce (970 alone) beside
+5950 of matmuls added 750. hop is an estimate (a write over NVLink and a flag poll)."""
 
 NCCL_NETWORK = LinkModel(
-    alpha_us=30, bytes_per_us=28_500, contention=0.15, hop_us=5.0, slowdown={Kind.ALL_GATHER: 1.14, Kind.REDUCE_SCATTER: 1.14}
+    alpha_us=30,
+    bytes_per_us=28_500,
+    contention=0.15,
+    hop_us=5.0,
+    slowdown={Kind.ALL_GATHER: 1.14, Kind.REDUCE_SCATTER: 1.14},
 )
-"""NCCL through host memory, about a 200-400 Gb/s network: 30 us below 64 KiB, 28-29 GB/s all-reduce, 25 GB/s all-gather.
-contention: a 256 MiB all-reduce of 9.22 ms beside 5.95 ms of matmuls ended after 10.38 ms, so at most 1.16 ms of it were not
-hidden: 0.13, rounded up. hop is an estimate (one network round)."""
+"""NCCL through host memory, about a 200-400 Gb/s network: 30 us below 64 KiB, 28-29 GB/s all-reduce, 25 GB/s
+all-gather. contention: a 256 MiB all-reduce of 9220 us beside 5950 us of matmuls ended after 10380 us, so at most 1160 us
+more than alone: 0.13, rounded up. hop is an estimate (one network round)."""
 
 RANKS_PER_NVLINK_DOMAIN = 8
 """GPUs of one HGX board; larger worlds are taken to cross the network."""

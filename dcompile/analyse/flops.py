@@ -37,7 +37,8 @@ def work(node: Node, graph: Graph) -> Work:
     if isinstance(node, Pointwise | Reduction | Store):
         return _Loops(graph).loop(node)
     if isinstance(node, Pack):
-        return Work(nbytes=2.0 * sum(dense_bytes(graph.value(p), graph) for p in node.parts if not is_placed(p, node, graph)))
+        copied = (part for part in node.parts if not is_placed(part, node, graph))
+        return Work(nbytes=2.0 * sum(dense_bytes(graph.value(part), graph) for part in copied))
     if isinstance(node, Extern):
         return _library(node, graph)
     return Work()

@@ -13,7 +13,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._functorch import config as functorch_config
 
 from dcompile.capture.check import check
-from dcompile.capture.comm import collectives_have_effects, eliminate_dead_code
+from dcompile.capture.comm import collectives_have_effects
 from dcompile.capture.decompositions import decompositions
 from dcompile.capture.functional import functionalise_collectives
 from dcompile.capture.normalise import normalise
@@ -29,10 +29,10 @@ class Captured:
 
     Attributes:
         kind: which half of a training step, or a program that needs no gradients.
-        gm: functional ATen ops, ``wait_tensor`` and functional collectives; every node has ``meta["val"]`` and, where known,
-            ``meta["dcompile_source"]``. Mutations of inputs stand at the end as ``aten.copy_``.
+        gm: functional ATen ops, ``wait_tensor`` and functional collectives; every node has ``meta["val"]`` and, where
+            known, ``meta["dcompile_source"]``. Mutations of inputs stand at the end as ``aten.copy_``.
         example_inputs: one fake tensor or SymInt for each placeholder of ``gm``.
-        name: unique in this process, ``"forward1"``; equal on all ranks that capture the same programs in the same order.
+        name: unique in this process, ``"forward1"``; equal on ranks that capture the same programs in the same order.
     """
 
     kind: GraphKind
@@ -55,7 +55,7 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any], compile_graph: Co
     Args:
         gm: the graph Dynamo hands to a backend.
         example_inputs: its inputs, fake tensors and SymInts.
-        compile_graph: called once for an inference graph, or for a forward and later a backward graph of the same number.
+        compile_graph: called once for an inference graph, or for a forward and a backward graph of the same number.
 
     Returns:
         The function Dynamo calls in place of ``gm``.
@@ -77,7 +77,7 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any], compile_graph: Co
     functionalise_collectives(gm)
     # Saved activations are owned by autograd: not donated to the backward program, so that a graph can be retained.
     with functorch_config.patch(donated_buffer=False), collectives_have_effects():
-        traced = aot_autograd(
+        return aot_autograd(
             fw_compiler=compiler("forward"),
             bw_compiler=compiler("backward"),
             inference_compiler=compiler("inference"),
@@ -85,7 +85,6 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any], compile_graph: Co
             partition_fn=partition,
             keep_inference_input_mutations=True,
         )(gm, list(example_inputs))
-    return traced
 
 
 def _boxed(compiled: Boxed) -> Boxed:

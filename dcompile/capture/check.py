@@ -19,8 +19,8 @@ def check(gm: fx.GraphModule) -> None:
     """Look at every tensor of ``gm``.
 
     Raises:
-        Unsupported: an element type, layout or device without support, or CPU and GPU tensors in one graph (a CPU tensor
-            of zero dimensions is a scalar and may go with either).
+        Unsupported: an element type, layout or device without support, or CPU and GPU tensors in one graph (a CPU
+            tensor of zero dimensions is a scalar and may go with either).
     """
     device: torch.device | None = None
     for node in gm.graph.nodes:
@@ -34,7 +34,7 @@ def check(gm: fx.GraphModule) -> None:
                 raise Unsupported(
                     _origin(node),
                     f"one graph with tensors on {device} and on {value.device} ({node.name})",
-                    f"move the tensors to {device} before the compiled function, or compile each device's part by itself",
+                    f"move the tensors to {device} first, or compile each device's part by itself",
                 )
 
 
@@ -52,7 +52,7 @@ def _check_tensor(node: fx.Node, value: torch.Tensor) -> None:
         raise Unsupported(
             _origin(node),
             f"{where} of element type {value.dtype}",
-            "convert it with .to(torch.bfloat16) or another standard type, or keep this code eager with torch.compiler.disable",
+            "convert it to a standard type such as torch.bfloat16, or keep this code eager with torch.compiler.disable",
         )
     if value.device.type not in _DEVICES:
         raise Unsupported(

@@ -28,7 +28,7 @@ def op_name(target: Any) -> str:
 
 
 def communication(node: fx.Node) -> str:
-    """Name of the functional collective ``node`` launches (``"all_reduce"``) or ``"wait_tensor"``; ``""`` if it does not communicate."""
+    """What ``node`` does: name of the collective it launches (``"all_reduce"``), ``"wait_tensor"``, or ``""``."""
     if node.op != "call_function":
         return ""
     namespace, _, name = op_name(node.target).partition(".")

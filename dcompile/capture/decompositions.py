@@ -29,7 +29,7 @@ KEPT: dict[str, str] = {
     "_scaled_dot_product_flash_attention": "library kernel that never materialises the score matrix",
     "_scaled_dot_product_efficient_attention": "library kernel that never materialises the score matrix",
     "_scaled_dot_product_cudnn_attention": "library kernel that never materialises the score matrix",
-    "embedding_dense_backward": "one scatter-add lowering rule; the pieces build an index_put with a masked copy of the gradient",
+    "embedding_dense_backward": "one scatter-add lowering rule; the pieces make a masked copy of the gradient",
     "native_dropout": "the lowering draws from its own seeded counter-based generator, equal on recomputation",
     "convolution_backward": "library call that returns all three gradients from one setup",
     "max_pool2d_with_indices": "one window lowering rule",
@@ -80,7 +80,7 @@ BROKEN_UP: dict[str, str] = {
 
 def decompositions() -> Table:
     """The table AOTAutograd gets: op overload -> Python function that computes it from simpler ops."""
-    # Composite ops are broken up by the dispatcher before this table is asked; without them the table is a third the size.
+    # The dispatcher breaks up composite ops before this table is asked; it is a third the size without them.
     core = getattr(_decomp, "_core_aten_decompositions_post_autograd", core_aten_decompositions)
     table: Table = dict(core())
     for overload in _overloads(KEPT):
@@ -94,5 +94,6 @@ def _overloads(names: Iterable[str]) -> list[OpOverload]:
     for name in sorted(names):
         packet = getattr(aten, name, None)
         if isinstance(packet, OpOverloadPacket):
-            found.extend(getattr(packet, overload) for overload in packet.overloads())
+            listed: Any = packet  # overloads() carries no types
+            found.extend(getattr(packet, overload) for overload in listed.overloads())
     return found

@@ -30,14 +30,16 @@ INTO_OUT = {
 def functionalise_collectives(gm: fx.GraphModule) -> None:
     """Rewrite mutating functional collectives in ``gm`` and its sub-graphs, in place.
 
-    ``y = all_reduce_(x, …)`` becomes ``r = all_reduce(x, …); w = wait_tensor(r); x.copy_(w)`` and ``y`` becomes ``x``. A
-    wait of ``y`` that follows has nothing left to wait for and goes in ``normalise``. That the result may be computed in
-    the memory of ``x`` is found again after lowering, where storage is known.
+    ``y = all_reduce_(x, …)`` becomes ``r = all_reduce(x, …); w = wait_tensor(r); x.copy_(w)`` and ``y`` becomes ``x``.
+    A wait of ``y`` that follows has nothing left to wait for and goes in ``normalise``. That the result may be computed
+    in the memory of ``x`` is found again after lowering, where storage is known.
     """
     for module in gm.modules():
         if isinstance(module, fx.GraphModule):
-            changed = [_rewrite(node) for node in list(module.graph.nodes) if communication(node) in IN_PLACE | INTO_OUT]
-            if changed:
+            mutating = [node for node in module.graph.nodes if communication(node) in IN_PLACE | INTO_OUT]
+            for node in mutating:
+                _rewrite(node)
+            if mutating:
                 module.graph.lint()
                 module.recompile()
 
@@ -111,9 +113,7 @@ def _group_name(gm: fx.GraphModule, node: fx.Node, group: Any) -> str:
         else:
             raise Unsupported(
                 Origin((str(node.target),), source_of(node)),
-                f"{communication(node)} over a process group that is an argument of the compiled function ({group.name})",
+                f"{communication(node)} over a process group the program gets as an argument ({group.name})",
                 "create the group outside the compiled function and refer to it there",
             )
     return group if isinstance(group, str) else str(getattr(group, "group_name", group))
-
-

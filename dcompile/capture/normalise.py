@@ -30,13 +30,14 @@ def normalise(gm: fx.GraphModule) -> None:
     _one_namespace(gm)
     if any(communication(node) for node in gm.graph.nodes):
         _Waits(gm).run()
+        _drop_copies(gm)
     eliminate_dead_code(gm)
     gm.graph.lint()
     gm.recompile()
 
 
 def _drop_noise(gm: fx.GraphModule) -> None:
-    """Remove ``detach`` and ``alias``, which mean nothing below autograd, except where a graph returns one as its own tensor."""
+    """Remove ``detach`` and ``alias``, which mean nothing below autograd, except where a graph returns their result."""
     for node in list(gm.graph.nodes):
         if node.op == "call_function" and node.target in _NOISE and not any(u.op == "output" for u in node.users):
             node.replace_all_uses_with(node.args[0])
@@ -51,13 +52,33 @@ def _one_namespace(gm: fx.GraphModule) -> None:
             node.target = getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
+def _drop_copies(gm: fx.GraphModule) -> None:
+    """``copy(x, wait_tensor(r))`` is the waited tensor itself: what a rewritten in-place collective leaves behind.
+
+    Not if the waited tensor has other users (eager has two tensors then), or is converted, broadcast or laid out anew.
+    """
+    for node in list(gm.graph.nodes):
+        if node.target is not aten.copy.default:
+            continue
+        source = node.args[1]
+        if is_wait(source) and len(source.users) == 1 and _same_layout(node, source):
+            node.replace_all_uses_with(source)
+            gm.graph.erase_node(node)
+
+
+def _same_layout(a: fx.Node, b: fx.Node) -> bool:
+    x, y = a.meta["val"], b.meta["val"]
+    return bool(x.dtype == y.dtype and x.shape == y.shape and x.stride() == y.stride() and x.device == y.device)
+
+
 class _Waits:
     """Rewrites waits so that each result tensor of a collective is waited for once, directly, before its first read.
 
-    In eager a wait is on storage: waiting for a view of a result completes the result and all its views. Here the result
-    itself is waited for, and its views that are read later become views of the waited tensor. A result that is read
-    without a wait gets one before the read. A result never read is left alone (its graph returns it still in flight, or
-    nobody uses it). A wait for something no collective of this graph computes is dropped, unless it may come from another graph.
+    In eager a wait is on storage: waiting for a view of a result completes the result and all its views. Here the
+    result itself is waited for, and its views that are read later become views of the waited tensor. A result that is
+    read without a wait gets one before the read. A result never read is left alone (its graph returns it still in
+    flight, or nobody uses it). A wait for something that no collective of this graph computes is dropped, unless it may
+    come from another graph.
     """
 
     def __init__(self, gm: fx.GraphModule) -> None:
@@ -109,7 +130,7 @@ class _Waits:
         self.graph.erase_node(node)
 
     def _wait(self, result: fx.Node, before: fx.Node, wait: fx.Node | None = None) -> None:
-        """Wait for ``result`` at ``before`` (by the node ``wait`` if it exists) and let everything from there on read the waited tensor."""
+        """Wait for ``result`` at ``before``, by the node ``wait`` if given; later readers read the waited tensor."""
         if wait is None:
             with self.graph.inserting_before(before):
                 wait = self.graph.call_function(getattr(torch.ops, NAMESPACE).wait_tensor.default, (result,))
@@ -139,10 +160,8 @@ class _Waits:
         return copy
 
     def _aliases(self, result: fx.Node) -> list[fx.Node]:
-        """``result`` and all views of it, bases first. A view made after the wait is not among them once its base is replaced."""
+        """``result`` and all views of it, bases first."""
         found = [result]
         for alias in found:
             found.extend(user for user in alias.users if is_view(user) and user.args[0] is alias and user not in found)
         return found
-
-

@@ -24,8 +24,9 @@ _FOREIGN = (
 def source_of(node: fx.Node) -> str:
     """The user's line behind ``node``, ``"train.py:41"``, or ``""`` when unknown.
 
-    The innermost frame outside PyTorch, the standard library and this package counts; if all frames are inside, the innermost one. A node of
-    the backward graph has no frame of its own and takes the line of the forward op with its ``seq_nr``, which ``mark_sources`` has left in its meta.
+    The innermost frame outside PyTorch, the standard library and this package counts; if all frames are inside, the
+    innermost one. A node of the backward graph has no frame of its own and takes the line of the forward op with its
+    ``seq_nr``, which ``mark_sources`` has left in its meta.
     """
     known = node.meta.get(SOURCE)
     if isinstance(known, str) and known:

@@ -7,9 +7,11 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import fx
 from torch._functorch import config as functorch_config
 from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch._ops import OpOverload
 
 from dcompile.capture.comm import collectives_have_effects, communication, eliminate_dead_code
 from dcompile.capture.cse import merge_equal
@@ -21,7 +23,7 @@ _ACCEPTED = frozenset(inspect.signature(min_cut_rematerialization_partition).par
 def partition(
     joint: fx.GraphModule, inputs: Any, *, num_fwd_outputs: int, **options: Any
 ) -> tuple[fx.GraphModule, fx.GraphModule]:
-    """Forward and backward graph of ``joint``, recomputing cheap forward work in the backward graph where that saves memory.
+    """Forward and backward graph of ``joint``; cheap forward work is recomputed where that saves memory.
 
     PyTorch's min-cut partitioner decides what to save. It drops communication that reaches no output; here such nodes
     are outputs while it runs and lose that role afterwards, so each is kept in the graph it belongs to. Collectives are
@@ -29,6 +31,7 @@ def partition(
     """
     mark_sources(joint)
     merge_equal(joint)
+    _save_random_values(joint)
     forward, backward = _unused_communication(joint)
     _add_outputs(joint, num_fwd_outputs, forward, backward)
     known = {name: value for name, value in options.items() if name in _ACCEPTED}
@@ -43,6 +46,18 @@ def partition(
         eliminate_dead_code(gm)
         gm.recompile()
     return fwd, bwd
+
+
+def _save_random_values(joint: fx.GraphModule) -> None:
+    """Take random ops out of activation checkpointing: their values are saved.
+
+    To draw them again PyTorch would wrap each in an op that saves and restores the generator's state, which costs a
+    synchronisation and hides the op from the lowering.
+    """
+    for node in joint.graph.nodes:
+        if isinstance(node.target, OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags:
+            for tagged in (node, *(user for user in node.users if user.target is operator.getitem)):
+                tagged.meta.pop("recompute", None)
 
 
 def _unused_communication(joint: fx.GraphModule) -> tuple[list[fx.Node], list[fx.Node]]:
@@ -90,7 +105,7 @@ def _tensor_of(node: fx.Node) -> fx.Node:
         if user.target is operator.getitem:
             return user
     with node.graph.inserting_after(node):
-        item = node.graph.call_function(operator.getitem, (node, 0))
+        item: fx.Node = node.graph.call_function(operator.getitem, (node, 0))
     item.meta = {**node.meta, "val": value[0]}
     return item
 
@@ -100,40 +115,37 @@ def _output_node(gm: fx.GraphModule) -> fx.Node:
 
 
 def _outputs(gm: fx.GraphModule) -> list[Any]:
-    return list(_output_node(gm).args[0])  # type: ignore[arg-type]
+    values: Any = _output_node(gm).args[0]
+    return list(values)
+
+
+_BESIDE = ("desc", "output_stack_traces")
+"""Keys of the output node's meta under which PyTorch keeps one entry for each output."""
 
 
 def _edit_outputs(gm: fx.GraphModule, edit: Callable[[list[Any]], list[Any]]) -> None:
-    """Apply ``edit`` to the outputs and to every per-output list PyTorch keeps beside them."""
+    """Apply ``edit`` to the list of outputs and to the lists PyTorch keeps beside it."""
     output = _output_node(gm)
-    values = list(output.args[0])  # type: ignore[arg-type]
-    for key in ("desc", "output_stack_traces"):
-        beside = output.meta.get(key)
-        if isinstance(beside, (list, tuple)) and len(beside) == len(values):
-            output.meta[key] = type(beside)(edit(list(beside)))  # type: ignore[call-arg]
-    output.args = (type(output.args[0])(edit(values)),)  # type: ignore[call-arg,arg-type]
+    values = _outputs(gm)
+    for key in _BESIDE:
+        entries = output.meta.get(key)
+        if isinstance(entries, (list, tuple)) and len(entries) == len(values):
+            output.meta[key] = edit(list(entries))
+    output.args = (tuple(edit(values)),)
 
 
 def _add_outputs(joint: fx.GraphModule, num_fwd_outputs: int, forward: list[fx.Node], backward: list[fx.Node]) -> None:
-    if not forward and not backward:
-        return
-    output = _output_node(joint)
-    count = len(output.args[0])  # type: ignore[arg-type]
-    descriptions = output.meta.get("desc")
-    values = list(output.args[0])  # type: ignore[arg-type]
-    values = [*values[:num_fwd_outputs], *forward, *values[num_fwd_outputs:], *backward]
-    if isinstance(descriptions, (list, tuple)) and len(descriptions) == count:
-        filler = descriptions[0] if descriptions else None
-        output.meta["desc"] = [
-            *descriptions[:num_fwd_outputs],
-            *[filler] * len(forward),
-            *descriptions[num_fwd_outputs:],
-            *[filler] * len(backward),
-        ]
-    output.args = (tuple(values),)
-    joint.recompile()
+    def add(entries: list[Any]) -> list[Any]:
+        own = bool(entries) and all(entry is None or isinstance(entry, fx.Node) for entry in entries)
+        first = forward if own else entries[:1] * len(forward)
+        last = backward if own else entries[:1] * len(backward)
+        return [*entries[:num_fwd_outputs], *first, *entries[num_fwd_outputs:], *last]
+
+    if forward or backward:
+        _edit_outputs(joint, add)
+        joint.recompile()
 
 
 def _drop_outputs(gm: fx.GraphModule, first: int, last: int) -> None:
     if first < last:
-        _edit_outputs(gm, lambda values: values[:first] + values[last:])
+        _edit_outputs(gm, lambda entries: entries[:first] + entries[last:])

@@ -155,8 +155,6 @@ class Emitter:
         if isinstance(node, ex.Load):
             symbols = frozenset().union(*(i.free_symbols for i in node.index)) if node.index else frozenset()
             found = found | Facts(self._loop_symbols(symbols), own=node.buffer in self.written, faults=True)
-            if self.lane is not None and node.buffer in self.laned:
-                found = found | Facts(own=True)
         elif isinstance(node, ex.Index):
             found = found | Facts(self._loop_symbols(node.expr.free_symbols), faults=_may_divide_by_zero(node.expr))
         elif isinstance(node, ex.Local):
@@ -263,7 +261,9 @@ class Emitter:
         if isinstance(node, ex.Load):
             if len(node.index) != 1:
                 raise CompilerBug(f"a kernel loads {node.buffer} by {len(node.index)} positions instead of one address")
-            return load_text(self.element(node.buffer, node.index[0], node.bind), node.dtype)
+            text = load_text(self.element(node.buffer, node.index[0], node.bind), node.dtype)
+            guard = self.not_empty(node.bind)
+            return f"{guard} ? {text} : {literal(0, node.dtype)}" if guard else text
         if isinstance(node, ex.Index):
             return self._as(self.index(node.expr, node.bind), node.dtype)
         raise CompilerBug(f"no C++ text for {type(node).__name__}")
@@ -277,6 +277,12 @@ class Emitter:
             raise CompilerBug(f"a kernel touches {buffer}, which is not among its buffers")
         lane = f"[{self.lane}]" if buffer in self.laned else ""
         return f"{self.buffers[buffer][0]}[{self.index(sympy.sympify(address), bind)}]{lane}"
+
+    def not_empty(self, bind: Sequence[ex.Expr]) -> str:
+        """The condition under which positions that ``wrap_index`` gives exist at all; empty when they surely do."""
+        sizes = {node.args[1] for b in bind for node in ex.walk(b) if isinstance(node, ex.Op) and node.name == "wrap_index"}
+        doubtful = [size for size in sizes if not (isinstance(size, ex.Const) and size.value > 0)]
+        return " && ".join(sorted(f"{self.value(size)} > 0" for size in doubtful))
 
     def index(self, expr: sympy.Expr, bind: Sequence[ex.Expr] = ()) -> str:
         """An integer expression; ``q0..`` stand for the values of ``bind``."""

@@ -81,7 +81,7 @@ def result_value(kind: Kind, name: str, source: Value, group_size: int) -> Value
 
 
 def payload_bytes(start: Start, graph: Graph) -> int:
-    """The one convention for bytes of a collective: the larger of its sources and its results on one rank, at the hints.
+    """The one convention for bytes of a collective: the larger of sources and results on one rank, at the size hints.
 
     That is the buffer of an all-reduce or broadcast, the gathered result of an all-gather, the full input of a
     reduce-scatter, the input of an all-to-all; coalesced collectives count all their buffers.

@@ -9,9 +9,12 @@ from typing import NoReturn
 from dcompile.errors import ParseError
 
 RESERVED = frozenset(
-    "_ graph return true false none inf nan size let in nest fold write scratch kernel extern writes versions aliases "
-    "effect fallback barrier seq targets inplace place root".split()
-)
+    {
+        "_", "graph", "return", "true", "false", "none", "inf", "nan", "size", "let", "in", "nest", "fold",
+        "write", "scratch", "kernel", "extern", "writes", "versions", "aliases", "effect", "fallback",
+        "barrier", "seq", "targets", "inplace", "place", "root",
+    }
+)  # fmt: skip
 """Words that mean something where a name may stand; a value of such a name is printed in backquotes."""
 
 _IDENTIFIER = r"[A-Za-z_][A-Za-z0-9_]*(?:\.[A-Za-z0-9_]+)*"

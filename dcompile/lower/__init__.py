@@ -1,0 +1,43 @@
+"""Lowering: from traced ATen ops to the LOOPS level of the IR, one rule per op in a table, split by family."""
+
+from __future__ import annotations
+
+from dcompile.lower import (
+    activation,
+    collective,
+    concat,
+    creation,
+    foreach,
+    indexing,
+    loss,
+    matmul,
+    norm,
+    pointwise,
+    random,
+    reduction,
+    scatter,
+    view,
+)
+from dcompile.lower.fallback import LIBRARY_OPS
+from dcompile.lower.table import RULES
+from dcompile.lower.walk import Extra, Lowered, SizeOf, lower
+
+FAMILIES = (
+    pointwise,
+    activation,
+    creation,
+    foreach,
+    random,
+    view,
+    concat,
+    indexing,
+    loss,
+    scatter,
+    reduction,
+    matmul,
+    norm,
+    collective,
+)
+"""The files that hold rules; importing them fills ``RULES``."""
+
+__all__ = ["FAMILIES", "LIBRARY_OPS", "RULES", "Extra", "Lowered", "SizeOf", "lower"]

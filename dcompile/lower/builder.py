@@ -23,6 +23,8 @@ from dcompile.lower.table import NoRule
 _AMBIGUOUS = re.compile(r"[a-z]\d+")
 """Names like ``i0`` or ``s3`` would read like loop variables and sizes in the text form."""
 MAX_RANK = 64
+SEED_NAMES = {device: f"seeds_{device}" for device in ("cpu", "cuda")}
+"""The value that holds the seeds of all random ops of a graph on a device."""
 _I = tuple(symbol(f"i{n}") for n in range(MAX_RANK))
 _R = tuple(symbol(f"r{n}") for n in range(MAX_RANK))
 ZERO = sympy.Integer(0)

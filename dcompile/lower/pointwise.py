@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import sympy
+import torch
 
 from dcompile.ir import expr as ex
 from dcompile.ir.expr import Expr, const, op, to
@@ -21,7 +21,9 @@ from dcompile.lower.table import NoRule, rule
 Scalar = Callable[..., Expr]
 
 
-def elementwise(b: Lowering, function: Scalar, *operands: Any, out: Value | None = None, dtype: DType | None = None) -> Value:
+def elementwise(
+    b: Lowering, function: Scalar, *operands: Any, out: Value | None = None, dtype: DType | None = None
+) -> Value:
     """``out = function(operands…)`` element by element, computed in ``dtype`` (None: the compute type of ``out``)."""
     out = out or b.out
     dtype = (dtype or out.dtype).compute
@@ -59,17 +61,16 @@ def _register_unary() -> None:
 _register_unary()
 
 
-@rule("positive", "clone", "copy", "lift_fresh_copy", "_to_copy")
-def copy(b: Lowering, x: Any, *_: Any, **__: Any) -> Value:
-    """A copy in the dtype and layout of the result; the second operand of ``copy`` is what is copied."""
-    source = _[0] if str(b.node.target) == "aten.copy.default" else x
-    if not isinstance(source, Value) or source.dtype.is_complex:
-        raise NoRule
-    return elementwise(b, lambda v: v, source, dtype=source.dtype if source.dtype is b.out.dtype else _cast(source))
+@rule("positive", "clone", "lift_fresh_copy", "_to_copy")
+def copy(b: Lowering, x: Value, **_: Any) -> Value:
+    """A copy in the dtype and layout of the result."""
+    return b.pointwise(b.out, b.element(x, b.out.shape))
 
 
-def _cast(source: Value) -> DType:
-    return source.dtype
+@rule("copy")
+def copy_onto(b: Lowering, x: Value, source: Any, non_blocking: bool = False) -> Value:
+    """The functional form of ``x.copy_(source)``: ``source`` in the shape and dtype of ``x``."""
+    return b.pointwise(b.out, b.element(source, b.out.shape, None if isinstance(source, Value) else b.out.dtype))
 
 
 @rule("square")
@@ -292,8 +293,6 @@ def lerp(b: Lowering, start: Any, end: Any, weight: Any) -> Value:
 def _rounded(value: Any, dtype: DType) -> Any:
     """A number as a tensor of ``dtype`` would hold it: comparisons are made in the narrow type."""
     if isinstance(value, float) and dtype.is_low_precision:
-        import torch
-
         return float(torch.tensor(value, dtype=dtype.torch))
     return value
 
@@ -386,10 +385,4 @@ def xlogy(b: Lowering, x: Any, y: Any) -> Value:
     return elementwise(b, formula, x, y)
 
 
-@rule("hypot")
-def hypot(b: Lowering, x: Any, y: Any) -> Value:
-    raise NoRule  # overflow of the squares; the library scales
-
-
 __all__ = ["addcdiv", "addcmul", "clamp", "compare", "elementwise", "interpolate", "lerp", "literal", "power", "quotient"]
-_ = sympy

@@ -17,7 +17,7 @@ from dcompile.ir.graph import Graph, Output, SizeInput
 from dcompile.ir.index import symbol
 from dcompile.ir.nodes import Extern, Literal, Ref
 from dcompile.ir.types import DType, Origin, Size, Value
-from dcompile.lower.builder import Lowering
+from dcompile.lower.builder import SEED_NAMES, Lowering
 from dcompile.lower.fallback import call_library
 from dcompile.lower.flight import InFlight, ViewInFlight
 from dcompile.lower.table import RULES, NoRule, Rule
@@ -98,7 +98,7 @@ class _Walker:
     def __init__(self, gm: fx.GraphModule, eager_ops: frozenset[str], group_size: Callable[[Any], int]) -> None:
         self.gm = gm
         self.eager_ops = eager_ops
-        self.lowering = Lowering({""}, group_size)
+        self.lowering = Lowering(set(SEED_NAMES.values()), group_size)
         self.env: dict[fx.Node, Any] = {}
         self.inputs: list[Value | SizeInput] = []
         self.constants: list[tuple[Value, torch.Tensor]] = []
@@ -208,7 +208,7 @@ class _Walker:
         """One draw of seeds a device, for all random ops of the graph."""
         return tuple(
             Extern(
-                outs=(Value(f"seeds_{device}", DType.I64, (count,), (1,), device),),
+                outs=(Value(SEED_NAMES[device], DType.I64, (count,), (1,), device),),
                 op="dcompile.seeds",
                 args=(count,),
                 kwargs=(("device", Literal("device", device)),) if device != "cpu" else (),

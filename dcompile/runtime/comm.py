@@ -106,7 +106,7 @@ def find_group(name: Any) -> dist.ProcessGroup:
         if known is not None and known.group_name == str(name):
             return known
     try:
-        return dist.distributed_c10d._resolve_process_group(name)
+        return dist.distributed_c10d._resolve_process_group(name)  # type: ignore[attr-defined,no-any-return]
     except (RuntimeError, ValueError, KeyError, AttributeError, TypeError):
         raise Unsupported(
             None,
@@ -169,7 +169,8 @@ class TorchComm:
         except DCompileError:
             raise
         except (RuntimeError, ValueError) as error:
-            raise DCompileError(f"rank {dist.get_rank()}: {name} on group {_who(team)} cannot start: {error}") from error
+            who = f"rank {dist.get_rank()}: {name} on group {_who(team)}"
+            raise DCompileError(f"{who} cannot start: {error}") from error
         handle.keep += (sources, results)
         handle.on_cuda = any(t.is_cuda for t in sources)
         return handle
@@ -213,7 +214,8 @@ class TorchComm:
             who = f"rank {dist.get_rank()}: {handle.name} on group {_who(team)}"
             if "timed out" in str(error).lower() or "timeout" in str(error).lower():
                 raise DeadlineExceeded(
-                    f"{who} did not end within {self.deadline_s:g} s; another rank is late, stopped, or runs another program"
+                    f"{who} did not end within {self.deadline_s:g} s; "
+                    "another rank is late, has stopped or runs another program"
                 ) from error
             raise DCompileError(f"{who} failed, probably because another rank ended: {error}") from error
         for step in handle.finish:

@@ -11,7 +11,15 @@ import torch
 
 from dcompile.errors import DCompileError
 
-BOOL_REDUCTIONS = {"sum": "max", "bor": "max", "max": "max", "product": "min", "band": "min", "min": "min", "bxor": "bxor"}
+BOOL_REDUCTIONS = {
+    "sum": "max",
+    "bor": "max",
+    "max": "max",
+    "product": "min",
+    "band": "min",
+    "min": "min",
+    "bxor": "bxor",
+}
 """Reductions of 0/1 bytes that give 0/1 bytes: ``sum`` of bools is their logical or, ``product`` their and."""
 
 
@@ -52,7 +60,7 @@ def one_row(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def to_rows(tensors: Sequence[torch.Tensor], ranks: int) -> torch.Tensor:
-    """Flat buffer of ``ranks`` rows; row r holds the r-th of ``ranks`` equal shares of every tensor along dimension 0."""
+    """Flat buffer of ``ranks`` rows; row r holds the r-th of equal shares of every tensor along dimension 0."""
     if len(tensors) == 1:
         return tensors[0].contiguous().view(-1)
     return torch.cat([t.reshape(ranks, -1) for t in tensors], dim=1).view(-1)

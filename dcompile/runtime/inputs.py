@@ -34,9 +34,7 @@ class Layout:
         return min(self.dtype.itemsize, WIDEST_SCALAR_BYTES) - 1
 
 
-def fits(
-    tensors: Sequence[torch.Tensor], layouts: Sequence[Layout], shapes: Sequence[tuple[Any, Any]]
-) -> bool:
+def fits(tensors: Sequence[torch.Tensor], layouts: Sequence[Layout], shapes: Sequence[tuple[Any, Any]]) -> bool:
     """Whether all tensors have exactly the expected dtype, shape, stride, alignment and no lazy negation. Fast."""
     for tensor, layout, (shape, stride) in zip(tensors, layouts, shapes, strict=True):
         if (
@@ -64,7 +62,8 @@ def conform(
         want = f"{describe(layout.dtype, shape, stride)} on {layout.device}"
         if not isinstance(tensor, torch.Tensor) or tensor.layout is not torch.strided:
             raise DCompileError(f"{program}: input {layout.name} must be a dense tensor {want}, got {tensor!r:.200}")
-        if tensor.dtype is not layout.dtype or tuple(tensor.shape) != tuple(shape) or tensor.device.type != layout.device:
+        same = tensor.dtype is layout.dtype and tensor.device.type == layout.device
+        if not same or tuple(tensor.shape) != tuple(shape):
             got = f"{describe(tensor.dtype, tensor.shape, tensor.stride())} on {tensor.device}"
             raise DCompileError(f"{program}: input {layout.name} must be {want}, got {got}; compile for these inputs")
         lazy = tensor.is_neg() or tensor.is_conj()

@@ -13,7 +13,8 @@ from dcompile.errors import CompilerBug
 from dcompile.runtime.arena import Arena, Block, alias
 from dcompile.runtime.comm import Communicator, Handle
 from dcompile.runtime.externs import check_result, resolve_op
-from dcompile.runtime.inputs import Layout, conform, fits
+from dcompile.runtime.inputs import Layout as InputLayout
+from dcompile.runtime.inputs import conform, fits
 from dcompile.runtime.timeline import Clock, Recorder
 
 
@@ -29,7 +30,7 @@ class Runtime:
 
     alias = staticmethod(alias)
     op = staticmethod(resolve_op)
-    Layout = Layout
+    Layout = InputLayout
     fits = staticmethod(fits)
     threads = staticmethod(torch.get_num_threads)
 
@@ -68,12 +69,12 @@ class Runtime:
         return made
 
     def conform(
-        self, tensors: Sequence[torch.Tensor], layouts: Sequence[Layout], shapes: Sequence[tuple[Any, Any]]
+        self, tensors: Sequence[torch.Tensor], layouts: Sequence[InputLayout], shapes: Sequence[tuple[Any, Any]]
     ) -> tuple[torch.Tensor, ...]:
         """See ``inputs.conform``."""
         return conform(tensors, layouts, shapes, self.name)
 
-    def first(self, tensors: Sequence[torch.Tensor], layouts: Sequence[Layout], shapes: Any, sizes: object) -> bool:
+    def first(self, tensors: Sequence[torch.Tensor], layouts: Sequence[InputLayout], shapes: Any, sizes: object) -> bool:
         """Whether no call with these sizes has ended yet: then inputs and library results are checked thoroughly."""
         if sizes in self._seen:
             return False

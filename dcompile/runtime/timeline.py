@@ -73,7 +73,8 @@ class Timeline:
         """The timeline as Chrome trace JSON (chrome://tracing, Perfetto)."""
         lanes = list(dict.fromkeys(["compute", "wait", *(span.lane for span in self.spans)]))
         events: list[dict[str, object]] = [
-            {"ph": "M", "name": "thread_name", "pid": 0, "tid": n, "args": {"name": lane}} for n, lane in enumerate(lanes)
+            {"ph": "M", "name": "thread_name", "pid": 0, "tid": n, "args": {"name": lane}}
+            for n, lane in enumerate(lanes)
         ]
         for span in self.spans:
             events.append(

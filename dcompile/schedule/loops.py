@@ -87,7 +87,7 @@ def _drop_ones(form: Form, ranges: dict[sympy.Symbol, Size]) -> Form:
 
 def _step_key(address: sympy.Expr, var: sympy.Symbol) -> tuple[int, int]:
     step = coefficient(address, var)
-    return (0, 0) if step is None or not step.is_Integer else (1, -int(step))
+    return (0, 0) if step is None or step == 0 or not step.is_Integer else (1, -int(step))
 
 
 def coefficient(address: sympy.Expr, var: sympy.Symbol) -> sympy.Expr | None:

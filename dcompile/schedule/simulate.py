@@ -17,14 +17,15 @@ from dcompile.analyse.dependence import predecessors
 from dcompile.collectives.nodes import Start, Wait
 from dcompile.ir.graph import Graph, hint
 from dcompile.ir.index import as_size
+from dcompile.ir.nodes import Node
 
 MAX_CONTENTION = 0.95
 """Compute never stands still for a transfer beside it, even where the cost model says that nothing is hidden (gloo on
 a full machine): part of every transfer is waiting for the other side. The 5 % left are a deliberate choice: between two
 schedules that are equal but for this, the one that overlaps is right wherever the machine has a core to spare."""
 
-NodePrices = dict[int, float]
-"""Prices by ``id(node)``, shared between graphs that have nodes in common and outlive the table."""
+NodePrices = dict[int, tuple[Node, float]]
+"""Microseconds by ``id(node)``, for graphs that have nodes in common; holds the nodes so that ids stay theirs."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,8 @@ def prepare(graph: Graph, costs: CostModel, prices: NodePrices | None = None) ->
     cost = []
     for node in graph.nodes:
         if id(node) not in known:
-            known[id(node)] = costs.node_us(node, graph)
-        cost.append(known[id(node)])
+            known[id(node)] = (node, costs.node_us(node, graph))
+        cost.append(known[id(node)][1])
     problem = Problem(graph, before, tuple(map(tuple, after)), tuple(cost), {}, {}, {}, {}, {}, {})
     for position, node in enumerate(graph.nodes):
         if isinstance(node, Start):

@@ -21,14 +21,16 @@ class RankFailed(AssertionError):
     """A rank raised, died, or did not finish in time; carries the tracebacks of the ranks that raised."""
 
 
-def run_ranks(fn: Callable[..., Any], *args: Any, world: int = 2, backend: str = "gloo", deadline_s: float = 90.0) -> list[Any]:
+def run_ranks(
+    fn: Callable[..., Any], *args: Any, world: int = 2, backend: str = "gloo", deadline_s: float = 90.0
+) -> list[Any]:
     """Call ``fn(rank, *args)`` on ``world`` ranks joined in one default process group over the loopback interface.
 
     Args:
         fn: a function at the top level of a module, so that a new process can import it.
         args: picklable; the same on all ranks.
         backend: process-group backend; with ``"nccl"`` each rank's current device is the GPU of its number.
-        deadline_s: seconds until all ranks are killed. Collectives time out a little earlier, so that the traceback says which.
+        deadline_s: seconds until all ranks are killed. Collectives time out a little earlier and say which.
 
     Returns:
         What each rank returned, in rank order. Results travel through ``torch.save``.
@@ -40,7 +42,9 @@ def run_ranks(fn: Callable[..., Any], *args: Any, world: int = 2, backend: str =
     with tempfile.TemporaryDirectory(prefix="dcompile-ranks-") as folder:
         port = _free_port()
         processes = [
-            context.Process(target=_rank_main, args=(fn, args, rank, world, backend, port, folder, deadline_s), daemon=True)
+            context.Process(
+                target=_rank_main, args=(fn, args, rank, world, backend, port, folder, deadline_s), daemon=True
+            )
             for rank in range(world)
         ]
         with _environment(OMP_NUM_THREADS="1"):
@@ -73,7 +77,11 @@ def _join(processes: list[Any], deadline_s: float) -> list[int]:
 
 
 def _collect(processes: list[Any], folder: Path, running: list[int], deadline_s: float) -> list[Any]:
-    errors = [f"rank {rank}:\n{path.read_text()}" for rank in range(len(processes)) if (path := folder / f"error{rank}").exists()]
+    errors = [
+        f"rank {rank}:\n{path.read_text()}"
+        for rank in range(len(processes))
+        if (path := folder / f"error{rank}").exists()
+    ]
     for rank, process in enumerate(processes):
         if rank not in running and process.exitcode and not (folder / f"error{rank}").exists():
             errors.append(f"rank {rank} died with exit code {process.exitcode}")
@@ -94,7 +102,9 @@ def _rank_main(
     try:
         if backend == "nccl":
             torch.cuda.set_device(rank)
-        dist.init_process_group(backend, rank=rank, world_size=world, timeout=timedelta(seconds=max(deadline_s - 5.0, 1.0)))
+        dist.init_process_group(
+            backend, rank=rank, world_size=world, timeout=timedelta(seconds=max(deadline_s - 5.0, 1.0))
+        )
         result = fn(rank, *args)
         torch.save(result, Path(folder) / f"result{rank}")
         dist.barrier()

@@ -1,0 +1,76 @@
+"""The entry points: the Dynamo backend, ``dcompile.compile``, and the counters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import torch
+from torch import fx
+
+from dcompile.capture import Captured, capture, graph_breaks, reset_graph_breaks
+from dcompile.counters import TALLY, Counters
+from dcompile.options import Options
+from dcompile.pipeline import CompiledGraph, compile_graph
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+Observer = Callable[[CompiledGraph], None]
+"""Told of every graph as soon as it is compiled."""
+
+
+def dcompile(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: dict[str, Any] | None = None, **unknown: Any
+) -> Callable[..., Any]:
+    """The backend behind ``torch.compile(model, backend="dcompile", options={...})``.
+
+    Args:
+        gm: Dynamo's graph.
+        example_inputs: its inputs, fake tensors and symbolic integers.
+        options: fields of ``dcompile.Options``; the environment gives those not named.
+
+    Raises:
+        DCompileError: an unknown option; ``Unsupported`` for a program this compiler cannot take, with the user's line.
+    """
+    if unknown:
+        raise TypeError(f"the dcompile backend takes options, not {', '.join(sorted(unknown))}")
+    return backend(Options.from_env(options))(gm, example_inputs)
+
+
+def backend(options: Options, observe: Observer | None = None) -> Callable[..., Callable[..., Any]]:
+    """A Dynamo backend with fixed options."""
+
+    def run(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        def compile_captured(captured: Captured) -> CompiledGraph:
+            compiled = compile_graph(captured.gm, captured.name, options)
+            if observe is not None:
+                observe(compiled)
+            return compiled
+
+        return capture(gm, example_inputs, compile_captured)
+
+    return run
+
+
+def compile(function: F, *, dynamic: bool | None = None, fullgraph: bool = False, **options: Any) -> F:
+    """``torch.compile`` with this backend.
+
+    Args:
+        function: a module or a function.
+        dynamic, fullgraph: as in ``torch.compile``.
+        options: fields of ``dcompile.Options``.
+    """
+    chosen = Options.from_env(options)
+    return torch.compile(function, dynamic=dynamic, fullgraph=fullgraph, backend=backend(chosen))  # type: ignore[return-value]
+
+
+def counters() -> Counters:
+    """What compiling has done in this process since it started or ``reset_counters`` was called."""
+    return replace(TALLY.snapshot(), graph_breaks=graph_breaks())
+
+
+def reset_counters() -> None:
+    """Start all counters from zero."""
+    TALLY.reset()
+    reset_graph_breaks()

@@ -1,0 +1,309 @@
+"""Statements of a kernel as C++ loops, word for word: roles become OpenMP pragmas, nothing is rearranged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import sympy
+
+from dcompile.codegen.cpp_expr import load_text, store_text
+from dcompile.codegen.cpp_fold import Folding
+from dcompile.codegen.cpp_loops import (
+    at_least_one,
+    block_level,
+    block_step,
+    conflicts,
+    error_clause,
+    for_text,
+    injective,
+    row_major,
+    splits,
+    volume,
+)
+from dcompile.codegen.cpp_scope import Emitter
+from dcompile.codegen.cpp_strip import StripPrinter
+from dcompile.codegen.cpp_types import register_type, storage_type
+from dcompile.ir.index import as_expr
+from dcompile.ir.kernel import Fold, Let, Nest, Role, Scratch, Stmt, Write
+from dcompile.ir.nodes import Axis
+from dcompile.ir.types import Size
+
+Emit = Callable[[], None]
+
+GRAIN = 32768
+"""Loop iterations below which a nest stays on one thread: waking the OpenMP team costs about 5 us, the time one core
+needs for as many cheap elements. Eager PyTorch uses the same number."""
+
+CHUNKS = 64
+"""Partial results of a fold spread over threads. Fixed, so that the result does not depend on the thread count."""
+
+
+class Printer:
+    """Prints the statements of one kernel through an ``Emitter``."""
+
+    def __init__(self, out: Emitter) -> None:
+        self.out = out
+        self.threaded = False
+        """Inside a loop that is spread over threads."""
+        self.parallel: list[sympy.Symbol] = []
+        """Variables of the loops spread over threads."""
+        self.open_axes: list[Axis] = []
+        """All loops around the current statement."""
+
+    # straight-line statements
+
+    def body(self, stmts: Sequence[Stmt]) -> None:
+        for stmt in stmts:
+            if isinstance(stmt, Nest):
+                self.nest(stmt)
+            elif isinstance(stmt, Fold):
+                self.fold(stmt)
+            elif isinstance(stmt, Let):
+                self.let(stmt)
+            elif isinstance(stmt, Write):
+                self.write(stmt)
+            else:
+                self.scratch(stmt)
+
+    def let(self, stmt: Let) -> None:
+        self.out.bind_local(stmt.name, self.out.value(stmt.expr))
+
+    def scratch(self, stmt: Scratch) -> None:
+        name = self.out.fresh("m")
+        self.out.line(f"alignas(64) {storage_type(stmt.dtype)} {name}[{max(stmt.size, 1)}];")
+        self.out.bind_scratch(stmt.name, name, stmt.dtype, per_lane=False)
+
+    def write(self, stmt: Write) -> None:
+        value = self.out.value(stmt.expr)
+        element = self.out.element(stmt.buffer, stmt.address, stmt.bind)
+        dtype = self.out.buffers[stmt.buffer][1]
+        if stmt.mode == "set":
+            text = f"{element} = {store_text(value, dtype)};"
+        elif self.threaded and not self._private(stmt):
+            text = f"dc::atomic_add_{dtype.value}(&{element}, {value}, threads);"
+        else:
+            text = f"{element} = {store_text(f'{load_text(element, dtype)} + {value}', dtype)};"
+        guard = self.out.not_empty(stmt.bind)
+        self.out.line(f"if ({guard}) {text}" if guard else text)
+        self.out.forget_changed()
+
+    def _private(self, stmt: Write) -> bool:
+        """Whether no two iterations of the surrounding loops write the same address."""
+        return not stmt.bind and injective(stmt.address, self.open_axes, self.parallel)
+
+    # nests
+
+    def nest(self, stmt: Nest) -> None:
+        axes, roles = list(stmt.axes), list(stmt.roles)
+        if not axes:
+            self._group(stmt.body)
+            return
+        leading = 0
+        while not self.threaded and leading < len(axes) and roles[leading] is Role.PARALLEL:
+            leading += 1
+        simd = roles.index(Role.SIMD) if Role.SIMD in roles else len(axes)
+        inner = stmt.body
+        if simd + 1 < len(axes):
+            inner = (Nest(tuple(axes[simd + 1 :]), tuple(roles[simd + 1 :]), inner),)
+        work = volume(tuple(axes), stmt.body)
+        if leading:
+            head, middle = axes[:leading], axes[leading:simd]
+            self._threads(head, work, lambda: self._plain(middle, lambda: self._innermost(axes, simd, inner, work)))
+        else:
+            self._plain(axes[:simd], lambda: self._innermost(axes, simd, inner, work))
+
+    def _group(self, body: Sequence[Stmt]) -> None:
+        with self.out.scope(certain=True) as inner:
+            self.body(body)
+        self.out.block("", inner)
+
+    def _innermost(self, axes: list[Axis], simd: int, body: tuple[Stmt, ...], work: Size) -> None:
+        if simd == len(axes):
+            self.body(body)
+        elif all(isinstance(s, Let | Write) for s in body):
+            self._simd_loop(axes[simd], body, work, threads=simd == 0 and not self.threaded)
+        else:
+            StripPrinter(self).nest(axes[simd], body, work, threads=simd == 0 and not self.threaded)
+
+    def _plain(self, axes: list[Axis], body: Emit) -> None:
+        if not axes:
+            body()
+            return
+        (var, extent), rest = axes[0], axes[1:]
+        with self.out.scope(certain=at_least_one(extent)) as inner:
+            text = self.enter(var, extent)
+            self._plain(rest, body)
+            self.open_axes.pop()
+        self.out.block(for_text(text, "0", self.size(extent)), inner)
+
+    def _threads(self, axes: list[Axis], work: Size, body: Emit) -> None:
+        """Loops spread over threads; nothing may stand between them, so they share one scope."""
+        clause = self.team(work)
+        with self.out.scope(certain=all(at_least_one(extent) for _, extent in axes)) as inner:
+            heads = [for_text(self.enter(var, extent), "0", self.size(extent)) for var, extent in axes]
+            outer = self._spread(tuple(var for var, _ in axes), clause is not None)
+            body()
+            self.threaded, self.parallel = outer
+            del self.open_axes[len(self.open_axes) - len(axes) :]
+        if clause is not None:
+            collapse = f" collapse({len(axes)})" if len(axes) > 1 else ""
+            self.out.line(f"#pragma omp parallel for{collapse} schedule(static){clause}{error_clause(inner.lines)}")
+        for head in heads[:-1]:
+            self.out.line(head)
+        self.out.block(heads[-1], inner)
+
+    def _spread(self, variables: tuple[sympy.Symbol, ...], spread: bool) -> tuple[bool, list[sympy.Symbol]]:
+        """Enter loops that run on several threads; returns what to restore afterwards."""
+        before = (self.threaded, self.parallel)
+        if spread:
+            self.threaded, self.parallel = True, list(variables)
+        return before
+
+    def _simd_loop(self, axis: Axis, body: Sequence[Stmt], work: Size, threads: bool) -> None:
+        var, extent = axis
+        clause = self.team(work) if threads else None
+        with self.out.scope(certain=at_least_one(extent)) as inner:
+            text = self.enter(var, extent)
+            outer = self._spread((var,), clause is not None)
+            self.body(body)
+            self.threaded, self.parallel = outer
+            conflict = any(conflicts(s, var, self.open_axes) for s in body if isinstance(s, Write))
+            self.open_axes.pop()
+        words = [] if clause is None else ["parallel for"]
+        words += [] if conflict else ["simd"]
+        if words:
+            schedule = "" if clause is None else f" schedule(static){clause}"
+            self.out.line(f"#pragma omp {' '.join(words)}{schedule}{error_clause(inner.lines)}")
+        self.out.block(for_text(text, "0", self.size(extent)), inner)
+
+    # folds
+
+    def fold(self, stmt: Fold) -> None:
+        names = [self.out.fresh("v") for _ in stmt.accumulators]
+        blocked = splits(stmt.axes)
+        folds = [Folding(acc, name, blocked) for acc, name in zip(stmt.accumulators, names, strict=True)]
+        for fold in folds:
+            for variable in fold.variables:
+                self.out.line(f"{variable.type} {fold.name}{variable.suffix} = {variable.start};")
+        first = stmt.axes[0][1] if stmt.axes else 1
+        clause = None
+        if not self.threaded and stmt.roles and stmt.roles[0] is Role.PARALLEL:
+            clause = self.team(volume(stmt.axes, stmt.lets))
+        if clause is None:
+            self._fold_range(stmt, folds, "0", self.size(first))
+        else:
+            self._fold_chunks(stmt, folds, clause)
+        for acc, fold in zip(stmt.accumulators, folds, strict=True):
+            result = fold.result()
+            if result != fold.name:
+                self.out.line(f"const {register_type(acc.dtype)} {(done := self.out.fresh('t'))} = {result};")
+                result = done
+            self.out.bind_local(acc.name, result)
+
+    def _fold_chunks(self, stmt: Fold, folds: list[Folding], clause: str) -> None:
+        """The first axis in ``CHUNKS`` pieces, one partial result each, combined in order."""
+        extent = self.size(stmt.axes[0][1])
+        chunk = self.out.fresh("c")
+        for fold in folds:
+            for variable in fold.variables:
+                self.out.line(f"{variable.type} {fold.name}_part{variable.suffix}[{CHUNKS}];")
+        with self.out.scope(certain=False) as inner:
+            outer = self._spread((stmt.axes[0][0],), True)
+            parts = [Folding(fold.acc, fold.name + "_own", fold.blocked) for fold in folds]
+            for part in parts:
+                for variable in part.variables:
+                    self.out.line(f"{variable.type} {part.name}{variable.suffix} = {variable.start};")
+            begin, end = (f"{extent} / {CHUNKS} * {c} + dc::min_index({c}, {extent} % {CHUNKS})" for c in (chunk, f"({chunk} + 1)"))
+            self.out.line(f"const int64_t {chunk}_begin = {begin}, {chunk}_end = {end};")
+            self._fold_range(stmt, parts, f"{chunk}_begin", f"{chunk}_end")
+            for fold, part in zip(folds, parts, strict=True):
+                for variable in part.variables:
+                    self.out.line(f"{fold.name}_part{variable.suffix}[{chunk}] = {part.name}{variable.suffix};")
+            self.threaded, self.parallel = outer
+        self.out.line(f"#pragma omp parallel for schedule(static){clause}{error_clause(inner.lines)}")
+        self.out.block(for_text(chunk, "0", str(CHUNKS)), inner)
+        with self.out.scope(certain=True) as merge:
+            for fold in folds:
+                for text in fold.merge(fold.name + "_part", f"[{chunk}]"):
+                    self.out.line(text)
+        self.out.block(for_text(chunk, "0", str(CHUNKS)), merge)
+
+    def _fold_range(self, stmt: Fold, folds: list[Folding], begin: str, end: str) -> None:
+        """The loops of a fold, the first axis from ``begin`` to ``end``."""
+        if not stmt.axes:
+            self._fold_element(stmt, folds)
+            return
+        level = block_level(stmt.axes) if any(fold.blocked for fold in folds) else None
+        self._fold_axis(stmt, folds, 0, level, begin, end)
+
+    def _fold_axis(self, stmt: Fold, folds: list[Folding], level: int, split: int | None, begin: str, end: str) -> None:
+        var, extent = stmt.axes[level]
+        certain = at_least_one(extent) and begin == "0"
+        last = level + 1 == len(stmt.axes)
+        if level == split:
+            self._fold_block(stmt, folds, level, begin, end)
+            return
+        with self.out.scope(certain=certain) as inner:
+            text = self.enter(var, extent)
+            if last:
+                self._fold_element(stmt, folds)
+            else:
+                self._fold_axis(stmt, folds, level + 1, split, "0", self.size(stmt.axes[level + 1][1]))
+            self.open_axes.pop()
+        if last and stmt.roles[level] is Role.SIMD:
+            self._fold_pragma(stmt, folds, inner.lines)
+        self.out.block(for_text(text, begin, end), inner)
+
+    def _fold_block(self, stmt: Fold, folds: list[Folding], level: int, begin: str, end: str) -> None:
+        """``level`` in blocks; sums of a block start at zero and enter the total at its end."""
+        step = block_step(stmt.axes, level)
+        start = self.out.fresh("k")
+        with self.out.scope(certain=at_least_one(stmt.axes[level][1]) and begin == "0") as inner:
+            for fold in folds:
+                if fold.blocked:
+                    for variable in fold.inner:
+                        self.out.line(f"{variable.type} {fold.name}{variable.suffix} = {variable.start};")
+            self.out.line(f"const int64_t {start}_end = dc::min_index({start} + {step}, {end});")
+            self._fold_axis(stmt, folds, level, None, start, f"{start}_end")
+            for fold in folds:
+                if fold.blocked:
+                    self.out.line(fold.close_block())
+        self.out.block(f"for (int64_t {start} = {begin}; {start} < {end}; {start} += {step})", inner)
+
+    def _fold_pragma(self, stmt: Fold, folds: list[Folding], lines: list[str]) -> None:
+        var = stmt.axes[-1][0]
+        if any(not fold.clauses for fold in folds):
+            return
+        if any(conflicts(write, var, (*self.open_axes, *stmt.axes)) for write in stmt.writes):
+            return
+        clauses = " ".join(clause for fold in folds for clause in fold.clauses)
+        self.out.line(f"#pragma omp simd {clauses}{error_clause(lines)}")
+
+    def _fold_element(self, stmt: Fold, folds: list[Folding]) -> None:
+        for let in stmt.lets:
+            self.let(let)
+        position = self.out.index(row_major(stmt.axes)) if any(fold.is_arg for fold in folds) else "0"
+        for fold in folds:
+            for text in fold.update(self.out.value(fold.acc.expr), position):
+                self.out.line(text)
+        for write in stmt.writes:
+            self.write(write)
+
+    # pieces
+
+    def enter(self, var: sympy.Symbol, extent: Size) -> str:
+        """Open a loop over ``var`` in the current scope; returns its C++ name."""
+        text = self.out.fresh("i" if not str(var).startswith("r") else "r")
+        self.out.bind_symbol(var, text)
+        self.open_axes.append((var, extent))
+        return text
+
+    def size(self, extent: Size) -> str:
+        """C++ text of a loop extent."""
+        return self.out.index(as_expr(extent))
+
+    def team(self, work: Size) -> str | None:
+        """Clauses that spread a loop of ``work`` iterations over threads, or None if it always stays on one."""
+        if isinstance(work, int):
+            return " num_threads(threads) if(threads > 1)" if work > GRAIN else None
+        return f" num_threads(threads) if(threads > 1 && {self.size(work)} > {GRAIN})"

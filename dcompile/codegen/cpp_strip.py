@@ -1,0 +1,228 @@
+"""Strips: a simd nest around folds or nests, statement by statement for a few lanes at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+
+from dcompile.codegen.cpp_fold import Folding
+from dcompile.codegen.cpp_loops import (
+    at_least_one,
+    block_level,
+    block_step,
+    conflicts,
+    error_clause,
+    for_text,
+    row_major,
+    splits,
+)
+from dcompile.codegen.cpp_types import register_type, storage_type
+from dcompile.ir import expr as ex
+from dcompile.ir.kernel import Fold, Let, Nest, Scratch, Stmt, Write, expressions
+from dcompile.ir.nodes import Axis
+from dcompile.ir.types import Size
+
+if TYPE_CHECKING:
+    from dcompile.codegen.cpp_kernel import Printer
+
+STRIP = 64
+"""Lanes of a strip: four 512-bit vectors of f32. Wide enough for whole cache lines and to hide the latency of an
+addition, narrow enough that lane arrays stay in the first-level cache."""
+
+
+class StripPrinter:
+    """Prints one strip-wise nest for a ``Printer``."""
+
+    def __init__(self, printer: Printer) -> None:
+        self.printer = printer
+        self.out = printer.out
+
+    def nest(self, axis: Axis, body: Sequence[Stmt], work: Size, threads: bool) -> None:
+        """The loop over strips of ``axis``, spread over threads if it is outermost."""
+        self.axis, extent = axis, axis[1]
+        out, printer = self.out, self.printer
+        clause = printer.team(work) if threads else None
+        count = printer.size(extent)
+        self.first, self.lane = out.fresh("strip"), out.fresh("l")
+        self.lanes = str(min(STRIP, extent) if isinstance(extent, int) else STRIP)
+        whole = isinstance(extent, int) and extent % int(self.lanes or 1) == 0 if extent != 0 else True
+        with out.scope(certain=at_least_one(extent)) as inner:
+            outer = (printer.threaded, printer.parallel)
+            if clause is not None:
+                printer.threaded, printer.parallel = True, [axis[0]]
+            self.width = self.lanes
+            if not whole:
+                self.width = f"{self.first}_lanes"
+                out.line(f"const int64_t {self.width} = dc::min_index({count} - {self.first}, {self.lanes});")
+            before, out.lane = out.lane, self.lane
+            printer.open_axes.append(axis)
+            self.body(body)
+            printer.open_axes.pop()
+            out.lane = before
+            printer.threaded, printer.parallel = outer
+        if clause is not None:
+            out.line(f"#pragma omp parallel for schedule(static){clause}{error_clause(inner.lines)}")
+        step = max(int(self.lanes), 1)
+        out.block(f"for (int64_t {self.first} = 0; {self.first} < {count}; {self.first} += {step})", inner)
+
+    def body(self, stmts: Sequence[Stmt]) -> None:
+        """Statements of the strip; neighbouring lets and writes share one loop over lanes."""
+        group: list[Let | Write] = []
+        for position, stmt in enumerate(stmts):
+            if isinstance(stmt, Let | Write):
+                group.append(stmt)
+                continue
+            self._flush(group, stmts[position:])
+            group = []
+            if isinstance(stmt, Fold):
+                self.fold(stmt)
+            elif isinstance(stmt, Nest):
+                self._serial(list(stmt.axes), stmt.body)
+            else:
+                self.scratch(stmt)
+        self._flush(group, ())
+
+    def _flush(self, group: Sequence[Let | Write], later: Sequence[Stmt]) -> None:
+        if not group:
+            return
+        kept = {e.name for root in expressions(tuple(later)) for e in ex.walk(root) if isinstance(e, ex.Local)}
+        arrays = {}
+        for stmt in group:
+            if isinstance(stmt, Let) and stmt.name in kept:
+                arrays[stmt.name] = self._array(register_type(stmt.expr.dtype), self.out.fresh("v"))
+
+        def each() -> None:
+            for stmt in group:
+                if isinstance(stmt, Write):
+                    self.printer.write(stmt)
+                    continue
+                self.printer.let(stmt)
+                if stmt.name in arrays:
+                    element = f"{arrays[stmt.name]}[{self.lane}]"
+                    self.out.line(f"{element} = {self.out.value(ex.local(stmt.name, stmt.expr.dtype))};")
+
+        simd = not any(conflicts(s, self.axis[0], self.printer.open_axes) for s in group if isinstance(s, Write))
+        self.lane_loop(each, simd)
+        for name, array in arrays.items():
+            self.out.bind_local(name, f"{array}[{self.lane}]")
+
+    def _array(self, ctype: str, name: str) -> str:
+        self.out.line(f"alignas(64) {ctype} {name}[{self.lanes}];")
+        return name
+
+    def scratch(self, stmt: Scratch) -> None:
+        """Memory of one iteration is memory of one lane: the lane is the last subscript."""
+        name = self.out.fresh("m")
+        self.out.line(f"alignas(64) {storage_type(stmt.dtype)} {name}[{max(stmt.size, 1)}][{self.lanes}];")
+        self.out.bind_scratch(stmt.name, name, stmt.dtype, per_lane=True)
+
+    def lane_loop(self, each: Callable[[], None], simd: bool = True) -> None:
+        """``each`` for every lane of the strip."""
+        out = self.out
+        with out.scope(certain=at_least_one(self.axis[1])) as inner:
+            text = out.fresh("i")
+            out.bind_symbol(self.axis[0], text)
+            out.line(f"const int64_t {text} = {self.first} + {self.lane};")
+            each()
+        if len(inner.lines) == 1:
+            return
+        if not any(_mentions(line, text) for line in inner.lines[1:]):
+            del inner.lines[0]
+        if simd:
+            out.line(f"#pragma omp simd{error_clause(inner.lines)}")
+        out.block(for_text(self.lane, "0", self.width), inner)
+
+    def _serial(self, axes: list[Axis], body: Sequence[Stmt]) -> None:
+        if not axes:
+            self.body(body)
+            return
+        var, extent = axes[0]
+        with self.out.scope(certain=at_least_one(extent)) as inner:
+            text = self.printer.enter(var, extent)
+            self._serial(axes[1:], body)
+            self.printer.open_axes.pop()
+        self.out.block(for_text(text, "0", self.printer.size(extent)), inner)
+
+    # folds
+
+    def fold(self, stmt: Fold) -> None:
+        """A fold over serial axes with one accumulator a lane."""
+        blocked = splits(stmt.axes)
+        folds = [Folding(acc, self.out.fresh("v"), blocked) for acc in stmt.accumulators]
+        self._start([(fold.name + v.suffix, v.type, v.start) for fold in folds for v in fold.variables])
+        level = block_level(stmt.axes) if any(fold.blocked for fold in folds) else None
+        self._fold_axis(stmt, folds, 0, level, "0", self.printer.size(stmt.axes[0][1]) if stmt.axes else "1")
+        at = f"[{self.lane}]"
+        finished = [(acc, fold) for acc, fold in zip(stmt.accumulators, folds, strict=True) if fold.result(at) != fold.name + at]
+        arrays = {acc.name: self._array(register_type(acc.dtype), self.out.fresh("v")) for acc, _ in finished}
+
+        def finish() -> None:
+            for acc, fold in finished:
+                self.out.line(f"{arrays[acc.name]}{at} = {fold.result(at)};")
+
+        self.lane_loop(finish)
+        for acc, fold in zip(stmt.accumulators, folds, strict=True):
+            self.out.bind_local(acc.name, arrays.get(acc.name, fold.name) + at)
+
+    def _start(self, variables: Sequence[tuple[str, str, str]]) -> None:
+        for name, ctype, _ in variables:
+            self._array(ctype, name)
+
+        def fill() -> None:
+            for name, _, start in variables:
+                self.out.line(f"{name}[{self.lane}] = {start};")
+
+        self.lane_loop(fill)
+
+    def _fold_axis(self, stmt: Fold, folds: list[Folding], level: int, split: int | None, begin: str, end: str) -> None:
+        if level == len(stmt.axes):
+            self._element(stmt, folds)
+            return
+        if level == split:
+            self._fold_block(stmt, folds, level, end)
+            return
+        var, extent = stmt.axes[level]
+        following = self.printer.size(stmt.axes[level + 1][1]) if level + 1 < len(stmt.axes) else ""
+        with self.out.scope(certain=at_least_one(extent)) as inner:
+            text = self.printer.enter(var, extent)
+            self._fold_axis(stmt, folds, level + 1, split, "0", following)
+            self.printer.open_axes.pop()
+        self.out.block(for_text(text, begin, end), inner)
+
+    def _fold_block(self, stmt: Fold, folds: list[Folding], level: int, end: str) -> None:
+        step = block_step(stmt.axes, level)
+        start = self.out.fresh("k")
+        sums = [fold for fold in folds if fold.blocked]
+        with self.out.scope(certain=at_least_one(stmt.axes[level][1])) as inner:
+            self._start([(fold.name + v.suffix, v.type, v.start) for fold in sums for v in fold.inner])
+            self.out.line(f"const int64_t {start}_end = dc::min_index({start} + {step}, {end});")
+            self._fold_axis(stmt, folds, level, None, start, f"{start}_end")
+
+            def close() -> None:
+                for fold in sums:
+                    self.out.line(fold.close_block(f"[{self.lane}]"))
+
+            self.lane_loop(close)
+        self.out.block(f"for (int64_t {start} = 0; {start} < {end}; {start} += {step})", inner)
+
+    def _element(self, stmt: Fold, folds: list[Folding]) -> None:
+        def each() -> None:
+            for let in stmt.lets:
+                self.printer.let(let)
+            position = self.out.index(row_major(stmt.axes)) if any(fold.is_arg for fold in folds) else "0"
+            for fold in folds:
+                for text in fold.update(self.out.value(fold.acc.expr), position, f"[{self.lane}]"):
+                    self.out.line(text)
+            for write in stmt.writes:
+                self.printer.write(write)
+
+        axes = self.printer.open_axes
+        self.lane_loop(each, not any(conflicts(write, self.axis[0], axes) for write in stmt.writes))
+
+
+def _mentions(line: str, name: str) -> bool:
+    return name in line.replace("[", " ").replace("]", " ").replace("(", " ").replace(")", " ").replace(";", " ").split()
+
+
+

@@ -1,0 +1,245 @@
+"""One rank's program: nodes in order over modelled memory, stopping at every launch."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor
+
+from dcompile.collectives.nodes import Start, Wait
+from dcompile.errors import CompilerBug
+from dcompile.ir.graph import Graph, SizeInput
+from dcompile.ir.kernel import Kernel
+from dcompile.ir.nodes import Extern, Literal, Node, Pack, Pointwise, Reduction, Ref, Store, View
+from dcompile.ir.types import DType, Value
+from dcompile.reference import loops
+from dcompile.reference.evaluate import size_value
+
+Result = Tensor | int | float | bool | None
+Steps = Generator[tuple[Start, list[Tensor]], list[Tensor], list[Result]]
+
+
+class Memory:
+    """Tensors by name, and the run-time values of size symbols."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, Tensor] = {}
+        self.sizes: dict[sympy.Symbol, int] = {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.tensors:
+            raise CompilerBug(f"{name} is read before it is defined")
+        return self.tensors[name]
+
+    def layout(self, value: Value) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shape and strides at run time."""
+        return (
+            tuple(size_value(n, self.sizes) for n in value.shape),
+            tuple(size_value(n, self.sizes) for n in value.stride),
+        )
+
+    def fresh(self, value: Value) -> Tensor:
+        """New poisoned memory with the value's layout."""
+        shape, stride = self.layout(value)
+        return loops.poison(torch.empty_strided(shape, stride, dtype=value.dtype.torch))
+
+    def allocate(self, value: Value) -> Tensor:
+        """New poisoned memory under the value's name."""
+        self.tensors[value.name] = self.fresh(value)
+        return self.tensors[value.name]
+
+    def bind_inputs(self, graph: Graph, inputs: list[Tensor | int]) -> None:
+        """Name the inputs.
+
+        Raises:
+            ValueError: number, type, dtype, shape or strides are not as declared.
+        """
+        if len(inputs) != len(graph.inputs):
+            raise ValueError(f"{graph.name} takes {len(graph.inputs)} inputs, {len(inputs)} were given")
+        for declared, given in zip(graph.inputs, inputs, strict=True):
+            if isinstance(declared, SizeInput) and (
+                isinstance(given, Tensor) or self.sizes.setdefault(declared.symbol, given) != given
+            ):
+                raise ValueError(f"{given!r} was given for the size {declared.symbol}")
+        for declared, given in zip(graph.inputs, inputs, strict=True):
+            if isinstance(declared, Value):
+                self._bind_tensor(declared, given)
+
+    def _bind_tensor(self, declared: Value, given: Tensor | int) -> None:
+        if not isinstance(given, Tensor):
+            raise ValueError(f"{given!r} was given for the tensor {declared.name}")
+        shape, stride = self.layout(declared)
+        same_steps = all(n <= 1 or a == b for n, a, b in zip(shape, stride, given.stride(), strict=False))
+        if given.dtype is not declared.dtype.torch or tuple(given.shape) != shape or not (same_steps or 0 in shape):
+            raise ValueError(
+                f"{declared.name} is declared {declared.dtype.value}{list(shape)} with strides {list(stride)}, "
+                f"{given.dtype}{list(given.shape)} with strides {list(given.stride())} was given"
+            )
+        self.tensors[declared.name] = given.detach()
+
+
+def run_rank(graph: Graph, inputs: list[Tensor | int]) -> Steps:
+    """Run one graph; yields (launch, sources) at each Start and is sent the results."""
+    memory = Memory()
+    memory.bind_inputs(graph, inputs)
+    in_flight: dict[str, _Flight] = {}
+    for node in graph.nodes:
+        if isinstance(node, Start):
+            sources = [memory[name].detach().clone(memory_format=torch.contiguous_format) for name in node.sources]
+            in_flight[node.pending.name] = flight = _Flight(node, memory, sources)
+            flight.answers = yield node, sources
+        elif isinstance(node, Wait):
+            if node.pending not in in_flight:
+                raise CompilerBug(f"wait for {node.pending}, which is not in flight")
+            in_flight.pop(node.pending).land(node, memory)
+        else:
+            _run_node(node, memory)
+    if in_flight:
+        raise CompilerBug(f"{graph.name} ends with {', '.join(in_flight)} in flight")
+    return [_output(out, memory) for out in graph.outputs]
+
+
+def _output(out: Any, memory: Memory) -> Result:
+    if isinstance(out, Ref):
+        return memory[out.name]
+    return size_value(out, memory.sizes) if isinstance(out, sympy.Expr) else out
+
+
+class _Flight:
+    """A collective from its launch to its wait."""
+
+    def __init__(self, start: Start, memory: Memory, sources: list[Tensor]) -> None:
+        self.start = start
+        self.sources = sources
+        self.answers: list[Tensor] = []
+        self.results = [memory.fresh(value) for value in start.pending.results]
+        if start.pending.in_place:
+            self.results = [loops.poison(memory[name]) for name in start.sources]
+        self.untouched = [result.clone() for result in self.results]
+
+    def land(self, node: Wait, memory: Memory) -> None:
+        """Define the results.
+
+        Raises:
+            CompilerBug: the wait defines other values than the launch announced, or memory was written in flight.
+        """
+        if node.outs != self.start.pending.results:
+            raise CompilerBug(f"the wait for {node.pending} defines other values than its launch announced")
+        for result, before in zip(self.results, self.untouched, strict=True):
+            if not _same_bits(result, before):
+                raise CompilerBug(f"a result of {node.pending} was written in flight")
+        if not self.start.pending.in_place:
+            for name, before in zip(self.start.sources, self.sources, strict=True):
+                if not _same_bits(memory[name], before):
+                    raise CompilerBug(f"{name}, a source of {node.pending}, was written in flight")
+        for value, result, answer in zip(node.outs, self.results, self.answers, strict=True):
+            if result.shape != answer.shape:
+                raise CompilerBug(f"{value.name} has shape {tuple(result.shape)}, its collective {tuple(answer.shape)}")
+            memory.tensors[value.name] = result.copy_(answer)
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    same = (a == b) | ((a != a) & (b != b))
+    return bool(same.all())
+
+
+def _run_node(node: Node, memory: Memory) -> None:
+    tensors, sizes = memory.tensors, memory.sizes
+    if isinstance(node, Pointwise):
+        result = memory.fresh(node.out)
+        loops.pointwise(node, result, tensors, sizes)
+        tensors[node.out.name] = result
+    elif isinstance(node, Reduction):
+        result = memory.fresh(node.out)
+        loops.reduction(node, result, tensors, sizes)
+        tensors[node.out.name] = result
+    elif isinstance(node, View):
+        tensors[node.out.name] = loops.view(node, memory[node.base], sizes)
+    elif isinstance(node, Store):
+        loops.store(node, memory[node.target], tensors, sizes)
+        tensors[node.out.name] = memory[node.target]
+    elif isinstance(node, Pack):
+        parts = torch.cat([memory[part].reshape(-1) for part in node.parts])
+        memory.allocate(node.out).copy_(parts)
+    elif isinstance(node, Kernel):
+        targets = node.targets or (None,) * len(node.outs)
+        for out, target in zip(node.outs, targets, strict=True):
+            if target is None:
+                memory.allocate(out)
+            else:
+                tensors[out.name] = memory[target]
+        loops.kernel(node, tensors, sizes)
+    elif isinstance(node, Extern):
+        _call(node, memory)
+    else:
+        raise CompilerBug(f"{type(node).__name__} has no meaning to the reference interpreter")
+
+
+def _call(node: Extern, memory: Memory) -> None:
+    args = [_argument(arg, memory) for arg in node.args]
+    kwargs = {key: _argument(arg, memory) for key, arg in node.kwargs}
+    if node.op == "dcompile.seeds":
+        returned = torch.randint(-(2**63), 2**63 - 1, (int(args[0]),), dtype=torch.int64)
+    else:
+        returned = operator(node.op)(*args, **kwargs)
+    results = list(returned) if node.seq else [returned]
+    aliases = node.aliases or (None,) * len(node.outs)
+    for value, alias, result in zip(node.outs, aliases, results, strict=False):
+        if value is not None:
+            memory.tensors[value.name] = _returned(node, value, alias, result, memory)
+    for name, version in zip(node.writes, node.versions, strict=True):
+        memory.tensors[version.name] = memory[name]
+
+
+def _returned(node: Extern, value: Value, alias: str | None, result: Any, memory: Memory) -> Tensor:
+    """The tensor a library call returned, in the layout the graph states.
+
+    Raises:
+        CompilerBug: no tensor, another shape or dtype, or memory of an operand that ``aliases`` does not name.
+    """
+    shape, stride = memory.layout(value)
+    if not isinstance(result, Tensor) or tuple(result.shape) != shape or result.dtype is not value.dtype.torch:
+        got = f"{result.dtype}{list(result.shape)}" if isinstance(result, Tensor) else repr(result)
+        raise CompilerBug(f"{node.op} returned {got} for {value.name}, declared {value.dtype.value}{list(shape)}")
+    result = result.detach()
+    if alias is not None:
+        return result
+    if result.numel() and any(_storage(result) == _storage(memory[name]) for name in node.operands):
+        raise CompilerBug(f"{node.op} returned memory of an operand for {value.name}, which states no alias")
+    return result if result.stride() == stride else torch.empty_strided(shape, stride, dtype=result.dtype).copy_(result)
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def operator(name: str) -> Any:
+    """The library op called ``namespace.op.overload``.
+
+    Raises:
+        CompilerBug: there is none.
+    """
+    try:
+        namespace, op, overload = name.split(".")
+        return getattr(getattr(getattr(torch.ops, namespace), op), overload)
+    except (ValueError, AttributeError):
+        raise CompilerBug(f"there is no library op {name}") from None
+
+
+def _argument(arg: Any, memory: Memory) -> Any:
+    if isinstance(arg, Ref):
+        return memory[arg.name]
+    if isinstance(arg, tuple):
+        return [_argument(item, memory) for item in arg]
+    if isinstance(arg, sympy.Expr):
+        return size_value(arg, memory.sizes)
+    if isinstance(arg, Literal):
+        if arg.kind == "device":
+            return torch.device("cpu")
+        if arg.kind == "dtype" and arg.value in {d.value for d in DType}:
+            return DType(arg.value).torch
+        return getattr(torch, arg.value)
+    return arg

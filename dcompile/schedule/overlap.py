@@ -1,0 +1,109 @@
+"""Communication under compute: list scheduling over the dependence graph, checked against program order.
+
+Launches happen as soon as their operands are ready and the in-flight cap has room, waits as late as their first
+reader allows, and the compute lane prefers what the next launches need. Launches of one group keep their order, so for
+one group "first everything the first launch needs, then everything the second needs, ..." lets each launch happen at
+the earliest possible time (Jackson's rule for one machine with delivery times); with several groups the launch with
+the longest path behind it comes first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from dcompile.analyse.context import Context
+from dcompile.collectives.nodes import Start
+from dcompile.ir.graph import Graph
+from dcompile.schedule.live import footing, peak_bytes
+from dcompile.schedule.list_schedule import Priority, list_schedule
+from dcompile.schedule.order import reorder
+from dcompile.schedule.predict import predict
+from dcompile.schedule.simulate import Problem, Tails, lower_bound, prepare, simulate, tails
+
+STAGE = "overlap"
+
+PEAK_FACTOR = 1.10
+"""A schedule may use this many times the peak memory of program order, plus what is in flight (bounded by
+``Options.in_flight_bytes``). Ten percent is the usual head-room people leave below out-of-memory."""
+
+GAIN = 1e-3
+"""Schedules whose predicted makespans differ by less than this share are equal: the cost model is not that exact, and
+the one with the smaller peak is taken."""
+
+CLOSE = 1.005
+"""No further policy is tried when a schedule is within this factor of the lower bound."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One order with its predicted makespan and peak memory."""
+
+    policy: str
+    order: tuple[int, ...]
+    makespan_us: float
+    peak_bytes: int
+
+
+Policy = Callable[[Tails], Priority]
+
+POLICIES: dict[str, Policy] = {
+    "what the next launch needs": lambda found: [(-u, p) for p, u in enumerate(found.urgency)],
+    "program order with early launches and late waits": lambda found: [(0.0, p) for p in range(len(found.path))],
+    "longest path": lambda found: [(-length, p) for p, length in enumerate(found.path)],
+}
+"""Priority of each node for the compute lane, smallest first, by the name the verdict shows."""
+
+
+def overlap(graph: Graph, ctx: Context) -> Graph:
+    """Reorder ``graph`` so that collectives run under compute; program order stays where that is not predicted faster.
+
+    Leaves a verdict with the times, the lower bound and the reason.
+    """
+    if not any(isinstance(node, Start) for node in graph.nodes):
+        ctx.verdict(STAGE, graph.name, "program order", "no collectives")
+        return graph
+    problem = prepare(graph, ctx.costs)
+    program = program_order(problem)
+    bound_us = lower_bound(problem)
+    best = best_schedule(problem, program, bound_us, ctx.options.in_flight_bytes)
+    times = f"predicted {best.makespan_us:.0f} us, program order {program.makespan_us:.0f} us, lower bound {bound_us:.0f} us"
+    if best is program:
+        ctx.verdict(STAGE, graph.name, "program order", f"no legal schedule within the memory budget is faster; {times}")
+        return graph
+    memory = f"peak {best.peak_bytes} bytes, in program order {program.peak_bytes}"
+    ctx.verdict(STAGE, graph.name, f"reordered: {best.policy}", f"{times}; {memory}")
+    return reorder(graph, best.order)
+
+
+def program_order(problem: Problem) -> Candidate:
+    """The order as it stands."""
+    order = tuple(range(len(problem.cost)))
+    makespan_us = simulate(problem, order).makespan
+    return Candidate("program order", order, makespan_us, peak_bytes(footing(problem.graph), order))
+
+
+def best_schedule(problem: Problem, program: Candidate, bound_us: float, cap_bytes: int) -> Candidate:
+    """The best of all policies and program order; ``program`` itself if nothing is predicted faster within the budget."""
+    found = tails(problem)
+    ground = footing(problem.graph)
+    budget = int(PEAK_FACTOR * program.peak_bytes)
+    best = program
+    for policy, priority in POLICIES.items():
+        order = list_schedule(problem, priority(found), ground, cap_bytes, budget)
+        candidate = Candidate(policy, order, simulate(problem, order).makespan, peak_bytes(ground, order))
+        if candidate.peak_bytes <= budget + cap_bytes and _better(candidate, best):
+            best = candidate
+        if best.makespan_us <= CLOSE * bound_us:
+            break
+    return best
+
+
+def _better(new: Candidate, old: Candidate) -> bool:
+    """Faster, or equally fast (within ``GAIN``) with a smaller peak."""
+    if abs(new.makespan_us - old.makespan_us) > GAIN * old.makespan_us:
+        return new.makespan_us < old.makespan_us
+    return new.makespan_us < old.makespan_us and new.peak_bytes < old.peak_bytes
+
+
+__all__ = ["best_schedule", "overlap", "predict", "program_order"]
