@@ -2,8 +2,8 @@
 
     python benchmarks/ddp_cpu.py
 
-Every measurement is a job of fresh processes. Cold: caches in empty folders. Warm: a second job that finds the caches of
-the first. The backends take turns, so that a change of the machine's speed touches all of them. Compile seconds are
+Every measurement is a job of fresh processes. Cold: caches in empty folders. Warm: a second job that finds the caches
+of the first. The backends take turns, so that a change of the machine's speed touches all of them. Compile seconds are
 those of the first training step less the median of the later ones, so imports and process start are not in them.
 """
 
@@ -96,7 +96,7 @@ def work(given: argparse.Namespace) -> None:
     dist.destroy_process_group()
 
 
-# -------------------------------------------------------------------------------------------------------- the comparison
+# ------------------------------------------------------------------------------------------------------- the comparison
 
 
 def measure(given: argparse.Namespace, backend: str, caches: Path) -> dict[str, Any]:
@@ -113,7 +113,7 @@ def measure(given: argparse.Namespace, backend: str, caches: Path) -> dict[str, 
         "DCOMPILE_CACHE_DIR": str(caches / "dcompile"),
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "launch")]),
     }
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]
+    command = [sys.executable, "-m", "dcompile_launch", "--nproc", str(RANKS)]
     command += [str(Path(__file__).resolve()), "--worker", backend, str(file), *model_flags(given)]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     if result.returncode != 0:

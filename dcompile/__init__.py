@@ -1,0 +1,28 @@
+"""dcompile: a distributed training compiler for PyTorch.
+
+    model = dcompile.data_parallel(model)
+    step = torch.compile(model, backend="dcompile")
+
+Public names: ``compile``, ``Options``, ``data_parallel``, ``explain``, ``counters``, ``reset_counters``,
+``communication_summary``.
+"""
+
+from dcompile.backend import compile, counters, dcompile, reset_counters
+from dcompile.explanation import CommunicationSummary, Explanation, communication_summary, explain
+from dcompile.options import Options
+from dcompile.parallel import data_parallel
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CommunicationSummary",
+    "Explanation",
+    "Options",
+    "communication_summary",
+    "compile",
+    "counters",
+    "data_parallel",
+    "dcompile",
+    "explain",
+    "reset_counters",
+]

@@ -12,11 +12,11 @@ from torch import fx
 from dcompile.capture import Captured, capture, graph_breaks, reset_graph_breaks
 from dcompile.counters import TALLY, Counters
 from dcompile.options import Options
-from dcompile.pipeline import CompiledGraph, compile_graph
+from dcompile.pipeline import Built, compile_graph
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-Observer = Callable[[CompiledGraph], None]
+Observer = Callable[[Built], None]
 """Told of every graph as soon as it is compiled."""
 
 
@@ -42,11 +42,11 @@ def backend(options: Options, observe: Observer | None = None) -> Callable[..., 
     """A Dynamo backend with fixed options."""
 
     def run(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        def compile_captured(captured: Captured) -> CompiledGraph:
-            compiled = compile_graph(captured.gm, captured.name, options)
+        def compile_captured(captured: Captured) -> Callable[[list[Any]], Sequence[Any]]:
+            built = compile_graph(captured.gm, captured.name, options)
             if observe is not None:
-                observe(compiled)
-            return compiled
+                observe(built)
+            return built.run
 
         return capture(gm, example_inputs, compile_captured)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from dcompile.capture import graph_breaks
 from dcompile.codegen.cpp import CppModule
 from dcompile.ir.nodes import Extern
 from dcompile.options import Options
-from dcompile.pipeline import CompiledGraph
+from dcompile.pipeline import Built
 from dcompile.plan import Plan
 from dcompile.runtime.timeline import last_timelines
 from dcompile.watch import describe_memory, describe_schedule, describe_verdicts
@@ -25,20 +25,18 @@ class GraphExplanation:
     """One compiled graph.
 
     Attributes:
+        name: ``"forward0"``, ``"backward0"``, ``"inference1"``, …
         plan: the verified program: schedule, places, predicted times, decisions.
         kernels: generated kernel source.
         host: generated host program.
         seconds: compile time by stage.
     """
 
+    name: str
     plan: Plan
     kernels: CppModule
     host: str
-    seconds: dict[str, float]
-
-    @property
-    def name(self) -> str:
-        return self.plan.graph.name
+    seconds: Mapping[str, float]
 
     @property
     def fallbacks(self) -> Counter[str]:
@@ -105,12 +103,12 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
     The function runs for real, its side effects included. The disk cache is left out, so that every stage is seen. The
     backward graph is included when an output requires a gradient.
     """
-    seen: list[CompiledGraph] = []
+    seen: list[Built] = []
     options = replace(Options.from_env(), cache_dir=None)
     before = graph_breaks()
     result = torch.compile(function, backend=backend(options, seen.append))(*args, **kwargs)
     graphs = tuple(
-        GraphExplanation(g.plan, g.kernels, g.host, g.seconds)
+        GraphExplanation(g.name, g.plan, g.kernels, g.host, g.seconds)
         for g in seen
         if g.plan is not None and g.kernels is not None
     )

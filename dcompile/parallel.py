@@ -27,11 +27,11 @@ PREFIX = "module."
 class _AverageGradient(torch.autograd.Function):
     """Identity whose gradient is the mean of all ranks' gradients.
 
-    Scaled before the sum, by multiplication with ``1 / world``, as DistributedDataParallel does: results agree to the last
-    bit as far as the backend's order of summation does.
+    Scaled before the sum, by multiplication with ``1 / world``, as DistributedDataParallel does: results agree as far
+    as the backend's order of summation does.
 
-    With ``local``, a gradient that stands in ``.grad`` un-averaged, the gradient is what has to be added to ``local`` to
-    make it the mean of all ranks' ``local`` plus gradient.
+    With ``local``, a gradient that stands in ``.grad`` un-averaged, the gradient is what has to be added to ``local``
+    to make it the mean of all ranks' ``local`` plus gradient.
     """
 
     @staticmethod
@@ -104,8 +104,8 @@ class DataParallel(nn.Module):
     def no_sync(self) -> Iterator[None]:
         """Forward passes inside leave their gradients local, accumulated in ``.grad``.
 
-        The backward pass of the first forward after it (with gradients enabled) averages what was accumulated together with
-        its own gradients. Between these two ``.grad`` must not be changed.
+        The backward pass of the first forward after it (with gradients enabled) averages what was accumulated together
+        with its own gradients. Between these two ``.grad`` must not be changed.
         """
         before = self._synchronise
         self._synchronise = False
@@ -125,7 +125,7 @@ def data_parallel(
     ``all_reduce`` and one ``wait_tensor`` for each parameter that requires a gradient. A parameter that several modules
     share is reduced once. Frozen parameters are not reduced. A parameter the forward pass does not use gets no gradient
     and no all-reduce; every rank must use the same ones. Buffers are made equal here and not later: running statistics
-    follow each rank's own batches afterwards. The loss and the optimizer stay the user's, as with DistributedDataParallel.
+    follow each rank's own batches afterwards.
 
     Args:
         module: the same on all ranks; its parameters stay its own, so an optimizer may be made before or after.

@@ -2,22 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+import hashlib
+import warnings
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from enum import Enum
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
 
 from dcompile.analyse.context import Context
+from dcompile.analyse.cost import CostModel
 from dcompile.analyse.verify import verify
+from dcompile.codegen.cpp import CppModule, print_cpp
+from dcompile.codegen.wrapper import print_host
 from dcompile.collectives.nodes import Start, Wait
-from dcompile.errors import CompilerBug, DCompileError
+from dcompile.collectives.text import print_graph
+from dcompile.counters import TALLY
+from dcompile.errors import CompilerBug, DCompileError, ToolchainError
 from dcompile.ir.graph import Graph
 from dcompile.ir.kernel import Kernel
 from dcompile.ir.nodes import Extern, Node, Pack, Pointwise, Reduction, Store, View
+from dcompile.ir.types import Value
+from dcompile.lower import Extra, Lowered, SizeOf, lower
+from dcompile.options import Options
 from dcompile.plan import Plan
+from dcompile.runtime.cache import Cache, cache_key
+from dcompile.runtime.comm import group_size
+from dcompile.runtime.compiled import Arity, CompiledGraph, Facts, read_facts, write_entry
+from dcompile.runtime.toolchain import compiler_fingerprint, find_compiler
 from dcompile.schedule.bucket import bucket_collectives
 from dcompile.schedule.fuse import fuse
 from dcompile.schedule.inline import inline_pointwise
-from dcompile.schedule.inplace import recover_in_place
 from dcompile.schedule.layout import choose_layouts
 from dcompile.schedule.memory import plan_memory
 from dcompile.schedule.overlap import overlap, predict
@@ -63,7 +84,6 @@ class Pass:
 
 PASSES = (
     Pass(simplify_graph, takes=Level.LOOPS, gives=Level.LOOPS),
-    Pass(recover_in_place, takes=Level.LOOPS, gives=Level.LOOPS, optional=True),
     Pass(bucket_collectives, takes=Level.LOOPS, gives=Level.LOOPS, optional=True),
     Pass(choose_layouts, takes=Level.LOOPS, gives=Level.LOOPS, optional=True),
     Pass(inline_pointwise, takes=Level.LOOPS, gives=Level.LOOPS, optional=True),
@@ -81,18 +101,21 @@ def run_passes(graph: Graph, ctx: Context, watch: Watch) -> Plan:
     """
     _check_skips(ctx.options.skip)
     watch.graph("lower", None, _check_level(graph, Level.LOOPS, "lower"))
+    program = graph
     for step in PASSES:
         if step.name in ctx.options.skip:
             continue
         before = graph
         with watch.stage(step.name):
             graph = _check_level(step.run(graph, ctx), step.gives, step.name)
+        if step.gives is Level.KERNELS:
+            program = graph
         watch.graph(step.name, before, graph)
     with watch.stage("plan_memory"):
         plan = plan_memory(graph, ctx)
-        plan = replace(plan, prediction=predict(graph, ctx), verdicts=tuple(ctx.verdicts))
+        plan = replace(plan, prediction=predict(graph, ctx, program), verdicts=tuple(ctx.verdicts))
     with watch.stage("verify"):
-        verify(plan)
+        verify(plan, program)
     watch.plan(plan)
     return plan
 
@@ -108,3 +131,149 @@ def _check_level(graph: Graph, level: Level, after: str) -> Graph:
         if not isinstance(node, _ALLOWED[level]):
             raise CompilerBug(f"{graph.name}: a {type(node).__name__} is left after {after}, at level {level.value}")
     return graph.check()
+
+
+@dataclass(frozen=True)
+class Built:
+    """What one compile produced: the callable program, and its plan and texts unless it came from the cache."""
+
+    name: str
+    run: Callable[[list[Any]], Sequence[Any]]
+    plan: Plan | None = None
+    kernels: CppModule | None = None
+    host: str = ""
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+
+def compile_graph(gm: fx.GraphModule, name: str, options: Options) -> Built:
+    """One captured graph, through the whole house. ``name`` may end in a number, which artifacts do not depend on.
+
+    The C++ compiler runs in the background; the first call waits for it. A graph this compiler cannot print kernels for
+    runs op by op through the library, with a warning and an entry in ``counters().fallbacks``.
+
+    Raises:
+        Unsupported: the program asks for something neither a kernel nor a library call can do.
+        CompilerBug: a stage broke its contract.
+    """
+    watch = Watch(options, name)
+    TALLY.add(graphs=1)
+    with watch.stage("lower"):
+        lowered = lower(gm, name.rstrip("0123456789"), options.eager_ops, group_size)
+    if reason := _why_no_kernels(lowered.graph, options):
+        return _op_by_op(gm, name, reason)
+    watched = bool(options.show or options.dump_dir)
+    cache = _cache(None if watched else options.cache_dir, options.deadline_s)
+    key = _key(lowered, options)
+    complete = partial(_complete, lowered.extra_inputs)
+    entry = cache.find(key)
+    if entry is not None:
+        _count(read_facts(entry), hits=1)
+        ready: Future[Path] = Future()
+        ready.set_result(entry)
+        return Built(name, CompiledGraph(name, ready, lowered.group_names, complete, options))
+    plan = run_passes(lowered.graph, _context(lowered, options), watch)
+    with watch.stage("codegen"):
+        module = print_cpp(plan.graph)
+        host = print_host(plan, module, name, options.timeline)
+    watch.code(module.source, host)
+    facts = _facts(plan, module)
+
+    def build(folder: Path) -> None:
+        with TALLY.timed("c++ compiler"):
+            write_entry(folder, host, module.source, facts, options.cxx)
+
+    _count(facts, misses=1)
+    building = _BUILDERS.submit(cache.fetch, key, build)
+    run = CompiledGraph(name, building, lowered.group_names, complete, options)
+    return Built(name, run, plan, module, host, dict(watch.seconds))
+
+
+_BUILDERS = ThreadPoolExecutor(max_workers=4, thread_name_prefix="dcompile-build")
+"""Threads that wait for C++ compilers and for other processes' builds; four graphs at once are rare."""
+
+
+@lru_cache(maxsize=8)
+def _cache(folder: Path | None, deadline_s: float) -> Cache:
+    return Cache(folder, deadline_s)
+
+
+def _context(lowered: Lowered, options: Options) -> Context:
+    groups = [node.group.size for node in lowered.graph.nodes if isinstance(node, Start)]
+    return Context(options, CostModel.analytical("cpu", max(groups, default=1)))
+
+
+def _key(lowered: Lowered, options: Options) -> str:
+    """Everything the generated program depends on."""
+    return cache_key(
+        print_graph(lowered.graph),
+        options.affects_code(),
+        options.timeline,
+        _own_sources(),
+        torch.__version__,
+        compiler_fingerprint(options.cxx),
+    )
+
+
+@lru_cache(maxsize=1)
+def _own_sources() -> str:
+    """A digest of this package's files, so that a changed compiler does not meet old programs."""
+    digest = hashlib.sha256()
+    root = Path(__file__).parent
+    for path in sorted((*root.rglob("*.py"), *root.rglob("*.h"))):
+        digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def _facts(plan: Plan, module: CppModule) -> Facts:
+    externs = [node for node in plan.graph.nodes if isinstance(node, Extern)]
+    return Facts(
+        functions={name: Arity(s.buffers, s.sizes) for name, s in module.signatures.items()},
+        lines=tuple(print_graph(plan.graph).splitlines()),
+        launches=len(module.calls),
+        library_calls=len(externs),
+        collectives=sum(isinstance(node, Start) for node in plan.graph.nodes),
+        fallbacks=Counter(node.op for node in externs if node.fallback),
+    )
+
+
+def _count(facts: Facts, hits: int = 0, misses: int = 0) -> None:
+    TALLY.add(
+        kernels=len(facts.functions),
+        kernel_launches=facts.launches,
+        library_calls=facts.library_calls,
+        collectives=facts.collectives,
+        cache_hits=hits,
+        cache_misses=misses,
+    )
+    TALLY.add_fallbacks(facts.fallbacks)
+
+
+def _complete(extra_inputs: tuple[Extra, ...], inputs: list[Any]) -> None:
+    for extra in extra_inputs:
+        inputs.append(inputs[extra.input].shape[extra.dim] if isinstance(extra, SizeOf) else extra)
+
+
+def _why_no_kernels(graph: Graph, options: Options) -> str | None:
+    """Why no kernels can be made for ``graph``; None if they can."""
+    devices = {d.device for d in graph.defs.values() if isinstance(d, Value)} - {"cpu"}
+    if devices:
+        return f"there is no kernel printer for {', '.join(sorted(devices))}"
+    try:
+        find_compiler(options.cxx)
+    except ToolchainError as error:
+        return str(error)
+    return None
+
+
+def _op_by_op(gm: fx.GraphModule, name: str, reason: str) -> Built:
+    """The captured graph itself, every op a library call, by name and with a warning."""
+    warnings.warn(f"dcompile: {name} runs op by op through the library: {reason}", RuntimeWarning, stacklevel=2)
+    TALLY.add_fallbacks(Counter({f"{name} op by op": 1}))
+
+    def run(inputs: list[Any]) -> Sequence[Any]:
+        arguments = tuple(inputs)
+        inputs.clear()
+        with torch.no_grad():
+            return tuple(gm(*arguments))
+
+    return Built(name, run)

@@ -37,7 +37,11 @@ def poison(tensor: Tensor) -> None:
     elif tensor.dtype is torch.bool:
         tensor.logical_not_()
     else:
-        tensor.copy_(torch.full((tensor.numel() * tensor.dtype.itemsize,), PATTERN, dtype=torch.uint8).view(tensor.dtype).view(tensor.shape))
+        tensor.copy_(
+            torch.full((tensor.numel() * tensor.dtype.itemsize,), PATTERN, dtype=torch.uint8)
+            .view(tensor.dtype)
+            .view(tensor.shape)
+        )
 
 
 def same_bytes(a: Tensor, b: Tensor) -> bool:

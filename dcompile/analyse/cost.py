@@ -182,8 +182,8 @@ NCCL_NETWORK = LinkModel(
     slowdown={Kind.ALL_GATHER: 1.14, Kind.REDUCE_SCATTER: 1.14},
 )
 """NCCL through host memory, about a 200-400 Gb/s network: 30 us below 64 KiB, 28-29 GB/s all-reduce, 25 GB/s
-all-gather. contention: a 256 MiB all-reduce of 9220 us beside 5950 us of matmuls ended after 10380 us, so at most 1160 us
-more than alone: 0.13, rounded up. hop is an estimate (one network round)."""
+all-gather. contention: a 256 MiB all-reduce of 9220 us beside 5950 us of matmuls ended after 10380 us,
+1160 us more than alone: 0.13, rounded up. hop is an estimate (one network round)."""
 
 RANKS_PER_NVLINK_DOMAIN = 8
 """GPUs of one HGX board; larger worlds are taken to cross the network."""

@@ -148,6 +148,10 @@ class _Resolver:
                 self.view(node, storages, position)
             else:
                 place, target = self.place(value, value.nbytes, storages, node, position), self.bytes_of[shared]
+                older = self.graph.value(shared)
+                if (value.shape, value.dtype) != (older.shape, older.dtype):
+                    text = f"{name} is the next version of {shared} but of another shape or element type"
+                    raise unsafe("V11", describe(node, position), text)
                 if place.storage != target.storage or (place.start != target.start and place.start != place.stop):
                     text = f"{name} is the next version of {shared} but lies in {place}, not in {target}"
                     raise unsafe("V11", describe(node, position), text)

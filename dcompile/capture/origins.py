@@ -14,6 +14,7 @@ SOURCE = "dcompile_source"
 """Key of ``node.meta`` under which the line is handed to the next stages."""
 
 _FRAME = re.compile(r'^\s*File "(?P<file>[^"]+)", line (?P<line>\d+)', re.MULTILINE)
+_KEY = re.compile(r"^[A-Z](?=\[)|[\[\]'\.]+")
 _FOREIGN = (
     str(Path(torch.__file__).parent) + "/",
     str(Path(__file__).parents[1]) + "/",
@@ -22,7 +23,7 @@ _FOREIGN = (
 
 
 def source_of(node: fx.Node) -> str:
-    """The user's line behind ``node``, ``"train.py:41"``, or ``""`` when unknown.
+    """The user's line behind ``node``, ``"train.py:41"``; else its module, ``"model.layers.0:Linear"``; else ``""``.
 
     The innermost frame outside PyTorch, the standard library and this package counts; if all frames are inside, the
     innermost one. A node of the backward graph has no frame of its own and takes the line of the forward op with its
@@ -32,7 +33,8 @@ def source_of(node: fx.Node) -> str:
     if isinstance(known, str) and known:
         return known
     trace = node.meta.get("stack_trace")
-    return _innermost(trace) if isinstance(trace, str) else ""
+    line = _innermost(trace) if isinstance(trace, str) else ""
+    return line or _module(node)
 
 
 def mark_sources(gm: fx.GraphModule) -> None:
@@ -47,6 +49,16 @@ def mark_sources(gm: fx.GraphModule) -> None:
         source = source_of(node) or by_sequence.get(node.meta.get("seq_nr", -1), "")
         if source:
             node.meta[SOURCE] = source
+
+
+def _module(node: fx.Node) -> str:
+    """The innermost module: all there is when a library module is compiled by itself, without a frame of the user's."""
+    stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack")
+    if not stack:
+        return ""
+    path, kind = list(stack.values())[-1]
+    name = kind if isinstance(kind, str) else kind.__name__
+    return f"{_KEY.sub(r'.', path).strip('.')}:{name.rpartition('.')[2]}"
 
 
 @functools.lru_cache(maxsize=4096)

@@ -111,7 +111,8 @@ def _tensor_of(node: fx.Node) -> fx.Node:
 
 
 def _output_node(gm: fx.GraphModule) -> fx.Node:
-    return next(node for node in reversed(gm.graph.nodes) if node.op == "output")
+    output: fx.Node = next(node for node in reversed(gm.graph.nodes) if node.op == "output")
+    return output
 
 
 def _outputs(gm: fx.GraphModule) -> list[Any]:

@@ -12,11 +12,9 @@ import sympy
 from dcompile.codegen.cpp_kernel import Printer
 from dcompile.codegen.cpp_scope import Emitter
 from dcompile.codegen.cpp_types import storage_type
-try:
-    from dcompile.ir.canonical import Canonical, canonical
-except ImportError:
-    from dcompile.codegen._canonical_shim import Canonical, canonical
+from dcompile.ir.canonical import Canonical, canonical
 from dcompile.ir.graph import Graph
+from dcompile.ir.index import symbol
 from dcompile.ir.kernel import Kernel, Scratch, extents, statements
 from dcompile.ir.types import Origin, Value
 
@@ -111,13 +109,12 @@ def _function(name: str, form: Canonical, values: Mapping[str, Value], origins: 
     """One function with the comment above it."""
     kernel = form.kernel
     dtypes = [values[buffer].dtype for buffer in form.buffers]
-    parameters = _parameters(kernel)
-    buffers = {own: (f"b{n}", dtype) for n, (own, dtype) in enumerate(zip(parameters, dtypes, strict=True))}
+    buffers = {f"b{n}": (f"b{n}", dtype) for n, dtype in enumerate(dtypes)}
     written = {out.name for out in kernel.outs} | {s.name for s in statements(kernel.body) if isinstance(s, Scratch)}
     out = Emitter(buffers, frozenset(written), extents(kernel.body))
     sizes = [out.fresh("s") for _ in form.symbols]
-    for symbol, text in zip(form.symbols, sizes, strict=True):
-        out.bind_symbol(symbol, text)
+    for position, text in enumerate(sizes):
+        out.bind_symbol(symbol(f"n{position}"), text)
     Printer(out).body(kernel.body)
     body = out.scopes[0].lines
     failing = any("error)" in line for line in body)
@@ -140,11 +137,6 @@ def _comment(origins: list[Origin]) -> list[str]:
     if len(origins) > 1:
         lines.append(f"// serves {len(origins)} kernels")
     return lines
-
-
-def _parameters(kernel: Kernel) -> tuple[str, ...]:
-    """Buffer names in parameter order: operands, then outs."""
-    return (*kernel.operands, *(out.name for out in kernel.outs))
 
 
 __all__ = ["CppModule", "KernelCall", "Signature", "prelude", "print_cpp"]

@@ -16,8 +16,12 @@ from dcompile.ir.kernel import Accumulator
 from dcompile.ir.types import DType
 
 BLOCK = 4096
-"""Elements summed in single precision before they enter the double-precision total: 256 per lane of a 512-bit vector,
-which costs one horizontal sum for every 4096 elements (under 1 % at 75 GB/s from L1)."""
+"""Elements of a simd axis summed in single precision before they enter the double-precision total: 256 per lane of a
+512-bit vector, at one horizontal sum for every 4096 elements (under 1 % at 75 GB/s from the first-level cache)."""
+
+SERIAL_BLOCK = 128
+"""The same for a sum that runs element after element: a column sum of 5000 rows was ten times less accurate than eager
+PyTorch with 4096, and is more accurate than it with 128."""
 
 INTEGER_RANGE = {
     DType.I64: (-(2**63), 2**63 - 1),

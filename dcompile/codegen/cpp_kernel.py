@@ -11,6 +11,7 @@ from dcompile.codegen.cpp_fold import Folding
 from dcompile.codegen.cpp_loops import (
     at_least_one,
     block_level,
+    block_size,
     block_step,
     conflicts,
     error_clause,
@@ -180,7 +181,7 @@ class Printer:
 
     def fold(self, stmt: Fold) -> None:
         names = [self.out.fresh("v") for _ in stmt.accumulators]
-        blocked = splits(stmt.axes)
+        blocked = splits(stmt.axes, block_size(stmt.roles))
         folds = [Folding(acc, name, blocked) for acc, name in zip(stmt.accumulators, names, strict=True)]
         for fold in folds:
             for variable in fold.variables:
@@ -233,7 +234,7 @@ class Printer:
         if not stmt.axes:
             self._fold_element(stmt, folds)
             return
-        level = block_level(stmt.axes) if any(fold.blocked for fold in folds) else None
+        level = block_level(stmt.axes, block_size(stmt.roles)) if any(fold.blocked for fold in folds) else None
         self._fold_axis(stmt, folds, 0, level, begin, end)
 
     def _fold_axis(self, stmt: Fold, folds: list[Folding], level: int, split: int | None, begin: str, end: str) -> None:
@@ -256,7 +257,7 @@ class Printer:
 
     def _fold_block(self, stmt: Fold, folds: list[Folding], level: int, begin: str, end: str) -> None:
         """``level`` in blocks; sums of a block start at zero and enter the total at its end."""
-        step = block_step(stmt.axes, level)
+        step = block_step(stmt.axes, level, block_size(stmt.roles))
         start = self.out.fresh("k")
         with self.out.scope(certain=at_least_one(stmt.axes[level][1]) and begin == "0") as inner:
             for fold in folds:
@@ -293,7 +294,7 @@ class Printer:
 
     def enter(self, var: sympy.Symbol, extent: Size) -> str:
         """Open a loop over ``var`` in the current scope; returns its C++ name."""
-        text = self.out.fresh("i" if not str(var).startswith("r") else "r")
+        text = self.out.fresh("i")
         self.out.bind_symbol(var, text)
         self.open_axes.append((var, extent))
         return text

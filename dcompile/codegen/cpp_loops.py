@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import sympy
 
-from dcompile.codegen.cpp_fold import BLOCK
+from dcompile.codegen.cpp_fold import BLOCK, SERIAL_BLOCK
 from dcompile.ir.index import as_expr, stride_of
-from dcompile.ir.kernel import Fold, Nest, Stmt, Write
+from dcompile.ir.kernel import Fold, Nest, Role, Stmt, Write
 from dcompile.ir.nodes import Axis
 from dcompile.ir.types import Size
 
@@ -73,26 +73,31 @@ def conflicts(stmt: Write, var: sympy.Symbol, axes: Sequence[Axis]) -> bool:
     return stmt.mode == "add" and (bool(stmt.bind) or not injective(stmt.address, axes, [var]))
 
 
-def splits(axes: tuple[Axis, ...]) -> bool:
-    """Whether a sum over ``axes`` needs more than one block."""
+def block_size(roles: Sequence[Role]) -> int:
+    """Elements of one block of a sum over axes with these roles."""
+    return BLOCK if roles and roles[-1] is Role.SIMD else SERIAL_BLOCK
+
+
+def splits(axes: tuple[Axis, ...], block: int) -> bool:
+    """Whether a sum over ``axes`` needs more than one block of ``block`` elements."""
     total: Size = 1
     for _, extent in axes:
         total = total * extent
-    return not (isinstance(total, int) and total <= BLOCK)
+    return not (isinstance(total, int) and total <= block)
 
 
-def block_level(axes: tuple[Axis, ...]) -> int:
+def block_level(axes: tuple[Axis, ...], block: int) -> int:
     """The outermost axis inside which everything fits one block."""
     level, inside = len(axes) - 1, 1
-    while level > 0 and isinstance(extent := axes[level][1], int) and inside * extent <= BLOCK:
+    while level > 0 and isinstance(extent := axes[level][1], int) and inside * extent <= block:
         inside *= max(extent, 1)
         level -= 1
     return level
 
 
-def block_step(axes: tuple[Axis, ...], level: int) -> int:
+def block_step(axes: tuple[Axis, ...], level: int, block: int) -> int:
     """Iterations of axis ``level`` in one block."""
     inside = 1
     for _, extent in axes[level + 1 :]:
-        inside *= max(extent, 1) if isinstance(extent, int) else BLOCK
-    return max(BLOCK // inside, 1)
+        inside *= max(extent, 1) if isinstance(extent, int) else block
+    return max(block // inside, 1)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 
-from dcompile.codegen.cpp_fold import Folding
+from dcompile.codegen.cpp_fold import SERIAL_BLOCK, Folding
 from dcompile.codegen.cpp_loops import (
     at_least_one,
     block_level,
@@ -148,10 +148,10 @@ class StripPrinter:
 
     def fold(self, stmt: Fold) -> None:
         """A fold over serial axes with one accumulator a lane."""
-        blocked = splits(stmt.axes)
+        blocked = splits(stmt.axes, SERIAL_BLOCK)
         folds = [Folding(acc, self.out.fresh("v"), blocked) for acc in stmt.accumulators]
         self._start([(fold.name + v.suffix, v.type, v.start) for fold in folds for v in fold.variables])
-        level = block_level(stmt.axes) if any(fold.blocked for fold in folds) else None
+        level = block_level(stmt.axes, SERIAL_BLOCK) if any(fold.blocked for fold in folds) else None
         self._fold_axis(stmt, folds, 0, level, "0", self.printer.size(stmt.axes[0][1]) if stmt.axes else "1")
         at = f"[{self.lane}]"
         finished = [(acc, fold) for acc, fold in zip(stmt.accumulators, folds, strict=True) if fold.result(at) != fold.name + at]
@@ -191,7 +191,7 @@ class StripPrinter:
         self.out.block(for_text(text, begin, end), inner)
 
     def _fold_block(self, stmt: Fold, folds: list[Folding], level: int, end: str) -> None:
-        step = block_step(stmt.axes, level)
+        step = block_step(stmt.axes, level, SERIAL_BLOCK)
         start = self.out.fresh("k")
         sums = [fold for fold in folds if fold.blocked]
         with self.out.scope(certain=at_least_one(stmt.axes[level][1])) as inner:

@@ -207,7 +207,8 @@ class HostFrame(HostMemory):
 
     def _return(self) -> None:
         parts = []
-        for out in self.graph.outputs:
+        outputs: tuple[object, ...] = self.graph.outputs
+        for out in outputs:
             if not isinstance(out, Ref):
                 parts.append(arg_text(out, self.symbols, self.tensor, self.device))
                 continue

@@ -222,8 +222,343 @@ DC_FLOAT(double, )
   static inline T sigmoid_(T x) { return (T)1 / ((T)1 + __builtin_exp##S(-x)); }                  \
   static inline T pow_(T x, T y) { return __builtin_pow##S(x, y); }
 DC_LIBM(double, )
-DC_LIBM(float, f)
 #undef DC_LIBM
+
+// ---- f32 transcendental functions -----------------------------------------------------------------------------------
+
+static inline float select(bool c, float a, float b) { return c ? a : b; }
+static inline float with_sign(float magnitude, float sign) {
+  return from_bits((bits(magnitude) & 0x7fffffffu) | (bits(sign) & 0x80000000u));
+}
+// 2^n for -126 <= n <= 127.
+static inline float pow2(int32_t n) { return from_bits((uint32_t)(n + 127) << 23); }
+// x * 2^n for -252 <= n <= 254, in two steps so that only the last one can overflow or become subnormal.
+static inline float scale(float x, int32_t n) { return x * pow2(n >> 1) * pow2(n - (n >> 1)); }
+
+// Argument reduction x = n ln2 + r, |r| <= ln2/2, with ln2 in two parts (Cody and Waite, 1980); exp(r) = 1 + r + r^2 p(r)
+// with the polynomial of Moshier's Cephes library (expf). n is found by adding 1.5 * 2^23, which rounds to an integer.
+static const float ROUND_BY_ADDING = 0x1.8p23f;
+static inline float exp_tail(float r) {
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  return p * r + 5.0000001201e-1f;
+}
+static inline float exp_reduced(float n, float x) { return (x - n * 0.693359375f) + n * 2.12194440e-4f; }
+
+static inline float exp_(float x) {
+  x = x > 89.0f ? 89.0f : x;    // overflows to infinity
+  x = x < -104.0f ? -104.0f : x;  // below half the smallest subnormal
+  const float z = x * 1.44269504f + ROUND_BY_ADDING;
+  const float n = z - ROUND_BY_ADDING;
+  const float r = exp_reduced(n, x);
+  return scale(1.0f + (r + r * r * exp_tail(r)), (int32_t)(bits(z) - bits(ROUND_BY_ADDING)));
+}
+static inline float exp2_(float x) {
+  x = x > 129.0f ? 129.0f : x;
+  x = x < -151.0f ? -151.0f : x;
+  const float z = x + ROUND_BY_ADDING;
+  const float r = (x - (z - ROUND_BY_ADDING)) * 0.693147181f;
+  return scale(1.0f + (r + r * r * exp_tail(r)), (int32_t)(bits(z) - bits(ROUND_BY_ADDING)));
+}
+// 2^n (exp(r) - 1) + (2^n - 1), with half of 2^n so that n = 128 does not overflow early.
+static inline float expm1_(float x) {
+  float c = x > 89.0f ? 89.0f : x;
+  c = c < -30.0f ? -30.0f : c;
+  const float z = c * 1.44269504f + ROUND_BY_ADDING;
+  const float n = z - ROUND_BY_ADDING;
+  const float r = exp_reduced(n, c);
+  const float half = pow2((int32_t)(bits(z) - bits(ROUND_BY_ADDING)) - 1);
+  const float y = 2.0f * (half * (r + r * r * exp_tail(r)) + (half - 0.5f));
+  return select(x == 0.0f, x, y);
+}
+
+// x = 2^k m with sqrt(1/2) <= m < sqrt(2); log(1 + f) = f - f^2/2 + f^3 p(f), Moshier's Cephes library (logf).
+struct Split {
+  float k, f;
+};
+static inline Split split_log(float x) {
+  const bool small = x < 0x1p-126f;
+  const uint32_t u = bits(small ? x * 0x1p23f : x) + (0x3f800000u - 0x3f3504f3u);
+  const float k = (float)((int32_t)(u >> 23) - 127);
+  return Split{small ? k - 23.0f : k, from_bits((u & 0x007fffffu) + 0x3f3504f3u) - 1.0f};
+}
+static inline float log_tail(float f) {
+  float p = 7.0376836292e-2f;
+  p = p * f - 1.1514610310e-1f;
+  p = p * f + 1.1676998740e-1f;
+  p = p * f - 1.2420140846e-1f;
+  p = p * f + 1.4249322787e-1f;
+  p = p * f - 1.6668057665e-1f;
+  p = p * f + 2.0000714765e-1f;
+  p = p * f - 2.4999993993e-1f;
+  p = p * f + 3.3333331174e-1f;
+  return p * f * f * f;
+}
+static inline float log_(float x) {
+  const Split s = split_log(x);
+  float y = log_tail(s.f) - 2.12194440e-4f * s.k;
+  y = y - 0.5f * s.f * s.f;
+  y = (s.f + y) + 0.693359375f * s.k;
+  y = x == 0.0f ? -__builtin_inff() : y;
+  y = x < __builtin_inff() ? y : x;
+  return x < 0.0f ? __builtin_nanf("") : y;
+}
+// log_b(x) = k log_b(2) + log_b(e) (f + t): the leading bits of f are multiplied exactly by the leading part of log_b(e).
+static inline float log_base(float x, float high, float low, float two_high, float two_low) {
+  const Split s = split_log(x);
+  const float t = log_tail(s.f) - 0.5f * s.f * s.f;
+  const float sum = s.f + t;
+  const float head = from_bits(bits(sum) & 0xfffff000u);
+  const float rest = (s.f - head) + t;
+  float y = rest * (high + low) + head * low + s.k * two_low;
+  y = (y + head * high) + s.k * two_high;
+  y = x == 0.0f ? -__builtin_inff() : y;
+  y = x < __builtin_inff() ? y : x;
+  return x < 0.0f ? __builtin_nanf("") : y;
+}
+static inline float log2_(float x) { return log_base(x, 1.44238281f, 0.000312228389f, 1.0f, 0.0f); }
+static inline float log10_(float x) { return log_base(x, 0.434082031f, 0.000212450653f, 0.301025391f, 4.60503898e-06f); }
+// log(u) with u = 1 + x rounded, plus what the rounding lost over u (Kahan); next to zero f is x itself.
+static inline float log1p_(float x) {
+  const float u = 1.0f + x;
+  const Split s = split_log(u);
+  const float lost = (x < 1.0f ? x - (u - 1.0f) : 1.0f - (u - x)) / u;
+  const bool near = s.k == 0.0f;
+  const float f = near ? x : s.f;
+  float y = log_tail(f) - 2.12194440e-4f * s.k + (near ? 0.0f : lost);
+  y = y - 0.5f * f * f;
+  y = (f + y) + 0.693359375f * s.k;
+  y = x == -1.0f ? -__builtin_inff() : y;
+  y = x < __builtin_inff() ? y : x;
+  y = x == 0.0f ? x : y;
+  return x < -1.0f ? __builtin_nanf("") : y;
+}
+
+// tanh|x| = e / (e + 2) with e = expm1(2|x|): exact to a few ulp down to zero. From 9.02 on it rounds to 1.
+static inline float tanh_(float x) {
+  const float a = abs_(x);
+  const float e = expm1_(a > 10.0f ? 20.0f : 2.0f * a);
+  return with_sign(e / (e + 2.0f), x) + (x != x ? x : 0.0f) * 0.0f;
+}
+// Both forms keep full precision: 1 / (1 + e) and e / (1 + e) with e = exp(-|x|) <= 1.
+static inline float sigmoid_(float x) {
+  const float e = exp_(-abs_(x));
+  return (x < 0.0f ? e : 1.0f) / (1.0f + e);
+}
+
+// erf: |x| < 1: x + x p(x^2); else 1 - exp(q(|x|)). p and q are minimax fits (Lawson's iteration on Chebyshev nodes) to
+// erf(x)/x - 1 on [0, 1] and log(erfc(x)) on [1, 4], relative errors of erf below 2^-34.
+static inline float erf_(float x) {
+  const float s = x * x;
+  const float a = abs_(x) > 4.0f ? 4.0f : abs_(x);
+  float p = -9.68013716e-06f;
+  p = p * s + 0.000112705448f;
+  p = p * s - 0.000848471149f;
+  p = p * s + 0.00522107488f;
+  p = p * s - 0.0268654458f;
+  p = p * s + 0.112837827f;
+  p = p * s - 0.376126385f;
+  p = p * s + 0.128379167f;
+  float q = -2.16976389e-05f;
+  q = q * a + 0.000441472916f;
+  q = q * a - 0.00420528589f;
+  q = q * a + 0.0252103423f;
+  q = q * a - 0.108422103f;
+  q = q * a - 0.633216395f;
+  q = q * a - 1.12958031f;
+  q = q * a + 0.000188467784f;
+  const float y = abs_(x) < 1.0f ? x + x * p : with_sign(1.0f - exp_(q), x);
+  return x != x ? x : y;
+}
+// 2^e in double precision for |e| <= 300: Taylor series of 2^f, |f| <= 1/2, to 2^-38.
+static inline double exp2_wide(double e) {
+  const double z = e + 0x1.8p52;
+  const double f = (e - (z - 0x1.8p52)) * 0.69314718055994531;
+  double t = 1.0 / 3628800.0;
+  t = t * f + 1.0 / 362880.0;
+  t = t * f + 1.0 / 40320.0;
+  t = t * f + 1.0 / 5040.0;
+  t = t * f + 1.0 / 720.0;
+  t = t * f + 1.0 / 120.0;
+  t = t * f + 1.0 / 24.0;
+  t = t * f + 1.0 / 6.0;
+  t = t * f + 0.5;
+  t = t * f + 1.0;
+  t = t * f + 1.0;
+  const int64_t n = (int64_t)(bitcast<uint64_t>(z) - bitcast<uint64_t>(0x1.8p52));
+  return t * bitcast<double>((uint64_t)(n + 1023) << 52);
+}
+// erfc(t) = exp(-t^2) c(u) / (1 + 2t) with u = (t - 2) / (t + 2) (Shepherd and Laframboise, "Chebyshev approximation of
+// (1 + 2x) exp(x^2) erfc(x) in 0 <= x < inf", Math. Comp. 36, 1981); c is a minimax fit up to t = 10.1, relative error
+// 2^-30. The exponential is taken in double precision, which keeps all of t^2.
+static inline float erfc_(float x) {
+  const float t = abs_(x) > 10.1f ? 10.1f : abs_(x);
+  const float u = (t - 2.0f) / (t + 2.0f);
+  float c = 7.91627034e-05f;
+  c = c * u + 0.000168803879f;
+  c = c * u - 0.000400862342f;
+  c = c * u - 0.00142027004f;
+  c = c * u + 0.00125295214f;
+  c = c * u + 0.00870894031f;
+  c = c * u - 0.00803095644f;
+  c = c * u - 0.0542178103f;
+  c = c * u + 0.16405105f;
+  c = c * u - 0.166030522f;
+  c = c * u - 0.0927638209f;
+  c = c * u + 1.27697838f;
+  const double e = exp2_wide((double)t * (double)t * -1.4426950408889634);
+  const float tail = (float)(e * (double)c / (1.0 + 2.0 * (double)t));
+  const float square = x * x;
+  float small = -9.68013716e-06f;
+  small = small * square + 0.000112705448f;
+  small = small * square - 0.000848471149f;
+  small = small * square + 0.00522107488f;
+  small = small * square - 0.0268654458f;
+  small = small * square + 0.112837827f;
+  small = small * square - 0.376126385f;
+  small = small * square + 0.128379167f;
+  small = 1.0f - (x + x * small);
+  const float y = x < 0.0f ? 2.0f - tail : tail;
+  return x != x ? x : (abs_(x) < 0.5f ? small : y);
+}
+
+// sin and cos: x = n pi/2 + r in double precision with pi/2 in two doubles, good to |x| < 2^31; beyond, the reduction of
+// Payne and Hanek (SIGNUM 1983): mantissa times those bits of 2/pi that matter modulo 4, in integers. Both are computed,
+// so that loops have no branch; the tables have an entry for every exponent for the same reason. The polynomials on
+// [-pi/4, pi/4] are those of Moshier's Cephes library (sinf, cosf).
+static const uint64_t TWO_OVER_PI[256] = {
+    0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+    0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+    0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+    0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+    0, 0, 0x28be60db9391054aull, 0x517cc1b727220a94ull, 0xa2f9836e4e441529ull, 0x45f306dc9c882a53ull,
+    0x8be60db9391054a7ull, 0x17cc1b727220a94full, 0x2f9836e4e441529full, 0x5f306dc9c882a53full,
+    0xbe60db9391054a7full, 0x7cc1b727220a94feull, 0xf9836e4e441529fcull, 0xf306dc9c882a53f8ull,
+    0xe60db9391054a7f0ull, 0xcc1b727220a94fe1ull, 0x9836e4e441529fc2ull, 0x306dc9c882a53f84ull,
+    0x60db9391054a7f09ull, 0xc1b727220a94fe13ull, 0x836e4e441529fc27ull, 0x06dc9c882a53f84eull,
+    0x0db9391054a7f09dull, 0x1b727220a94fe13aull, 0x36e4e441529fc275ull, 0x6dc9c882a53f84eaull,
+    0xdb9391054a7f09d5ull, 0xb727220a94fe13abull, 0x6e4e441529fc2757ull, 0xdc9c882a53f84eafull,
+    0xb9391054a7f09d5full, 0x727220a94fe13abeull, 0xe4e441529fc2757dull, 0xc9c882a53f84eafaull,
+    0x9391054a7f09d5f4ull, 0x27220a94fe13abe8ull, 0x4e441529fc2757d1ull, 0x9c882a53f84eafa3ull,
+    0x391054a7f09d5f47ull, 0x7220a94fe13abe8full, 0xe441529fc2757d1full, 0xc882a53f84eafa3eull,
+    0x91054a7f09d5f47dull, 0x220a94fe13abe8faull, 0x441529fc2757d1f5ull, 0x882a53f84eafa3eaull,
+    0x1054a7f09d5f47d4ull, 0x20a94fe13abe8fa9ull, 0x41529fc2757d1f53ull, 0x82a53f84eafa3ea6ull,
+    0x054a7f09d5f47d4dull, 0x0a94fe13abe8fa9aull, 0x1529fc2757d1f534ull, 0x2a53f84eafa3ea69ull,
+    0x54a7f09d5f47d4d3ull, 0xa94fe13abe8fa9a6ull, 0x529fc2757d1f534dull, 0xa53f84eafa3ea69bull,
+    0x4a7f09d5f47d4d37ull, 0x94fe13abe8fa9a6eull, 0x29fc2757d1f534ddull, 0x53f84eafa3ea69bbull,
+    0xa7f09d5f47d4d377ull, 0x4fe13abe8fa9a6eeull, 0x9fc2757d1f534ddcull, 0x3f84eafa3ea69bb8ull,
+    0x7f09d5f47d4d3770ull, 0xfe13abe8fa9a6ee0ull, 0xfc2757d1f534ddc0ull, 0xf84eafa3ea69bb81ull,
+    0xf09d5f47d4d37703ull, 0xe13abe8fa9a6ee06ull, 0xc2757d1f534ddc0dull, 0x84eafa3ea69bb81bull,
+    0x09d5f47d4d377036ull, 0x13abe8fa9a6ee06dull, 0x2757d1f534ddc0dbull, 0x4eafa3ea69bb81b6ull,
+    0x9d5f47d4d377036dull, 0x3abe8fa9a6ee06dbull, 0x757d1f534ddc0db6ull, 0xeafa3ea69bb81b6cull,
+    0xd5f47d4d377036d8ull, 0xabe8fa9a6ee06db1ull, 0x57d1f534ddc0db62ull, 0xafa3ea69bb81b6c5ull,
+    0x5f47d4d377036d8aull, 0xbe8fa9a6ee06db14ull, 0x7d1f534ddc0db629ull, 0xfa3ea69bb81b6c52ull,
+    0xf47d4d377036d8a5ull, 0xe8fa9a6ee06db14aull, 0xd1f534ddc0db6295ull, 0xa3ea69bb81b6c52bull,
+    0x47d4d377036d8a56ull, 0x8fa9a6ee06db14acull, 0x1f534ddc0db62959ull, 0x3ea69bb81b6c52b3ull,
+    0x7d4d377036d8a566ull, 0xfa9a6ee06db14accull, 0xf534ddc0db629599ull, 0xea69bb81b6c52b32ull,
+    0xd4d377036d8a5664ull, 0xa9a6ee06db14acc9ull, 0x534ddc0db6295993ull, 0xa69bb81b6c52b327ull,
+    0x4d377036d8a5664full};
+static const uint32_t TWO_OVER_PI_NEXT[256] = {
+    0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+    0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+    0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+    0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+    0, 0, 0x7f09d5f4u, 0xfe13abe8u, 0xfc2757d1u, 0xf84eafa3u, 0xf09d5f47u, 0xe13abe8fu, 0xc2757d1fu, 0x84eafa3eu,
+    0x09d5f47du, 0x13abe8fau, 0x2757d1f5u, 0x4eafa3eau, 0x9d5f47d4u, 0x3abe8fa9u, 0x757d1f53u, 0xeafa3ea6u,
+    0xd5f47d4du, 0xabe8fa9au, 0x57d1f534u, 0xafa3ea69u, 0x5f47d4d3u, 0xbe8fa9a6u, 0x7d1f534du, 0xfa3ea69bu,
+    0xf47d4d37u, 0xe8fa9a6eu, 0xd1f534ddu, 0xa3ea69bbu, 0x47d4d377u, 0x8fa9a6eeu, 0x1f534ddcu, 0x3ea69bb8u,
+    0x7d4d3770u, 0xfa9a6ee0u, 0xf534ddc0u, 0xea69bb81u, 0xd4d37703u, 0xa9a6ee06u, 0x534ddc0du, 0xa69bb81bu,
+    0x4d377036u, 0x9a6ee06du, 0x34ddc0dbu, 0x69bb81b6u, 0xd377036du, 0xa6ee06dbu, 0x4ddc0db6u, 0x9bb81b6cu,
+    0x377036d8u, 0x6ee06db1u, 0xddc0db62u, 0xbb81b6c5u, 0x77036d8au, 0xee06db14u, 0xdc0db629u, 0xb81b6c52u,
+    0x7036d8a5u, 0xe06db14au, 0xc0db6295u, 0x81b6c52bu, 0x036d8a56u, 0x06db14acu, 0x0db62959u, 0x1b6c52b3u,
+    0x36d8a566u, 0x6db14accu, 0xdb629599u, 0xb6c52b32u, 0x6d8a5664u, 0xdb14acc9u, 0xb6295993u, 0x6c52b327u,
+    0xd8a5664fu, 0xb14acc9eu, 0x6295993cu, 0xc52b3278u, 0x8a5664f1u, 0x14acc9e2u, 0x295993c4u, 0x52b32788u,
+    0xa5664f10u, 0x4acc9e21u, 0x95993c43u, 0x2b327887u, 0x5664f10eu, 0xacc9e21cu, 0x5993c439u, 0xb3278872u,
+    0x664f10e4u, 0xcc9e21c8u, 0x993c4390u, 0x32788720u, 0x64f10e41u, 0xc9e21c82u, 0x93c43904u, 0x27887208u,
+    0x4f10e410u, 0x9e21c820u, 0x3c439041u, 0x78872083u, 0xf10e4107u, 0xe21c820fu, 0xc439041fu, 0x8872083fu,
+    0x10e4107fu};
+struct Angle {
+  float r;
+  uint32_t quadrant;
+};
+static inline Angle reduce_angle(float x) {
+  const uint32_t u = bits(x) & 0x7fffffffu;
+  const uint32_t large = (uint32_t)((int32_t)(0x4effffffu - u) >> 31);  // all ones from 2^31 on
+  const double near = (double)from_bits(bits(x) & ~large);
+  const double z = near * 0x1.45f306dc9c883p-1 + 0x1.8p52;
+  const double n = z - 0x1.8p52;
+  const double r = __builtin_fma(-n, 0x1.1a62633145c07p-54, __builtin_fma(-n, 0x1.921fb54442d18p+0, near));
+  const uint32_t quadrant = (uint32_t)bitcast<uint64_t>(z);
+
+  const uint64_t mantissa = (u & 0x007fffffu) | 0x00800000u;
+  const uint64_t turns = mantissa * TWO_OVER_PI[u >> 23] + ((mantissa * TWO_OVER_PI_NEXT[u >> 23]) >> 32);
+  const uint64_t nearest = (turns + 0x2000000000000000ull) >> 62;
+  const double far = (double)(int64_t)((turns - (nearest << 62)) << 1) * (0x1.921fb54442d18p+0 * 0x1p-63);
+  const uint32_t sign = (uint32_t)((int32_t)bits(x) >> 31);
+  const uint32_t far_quadrant = (((uint32_t)nearest ^ sign) - sign) & large;
+  const uint32_t far_bits = (bits((float)far) ^ (sign & 0x80000000u)) & large;
+  // Where one of the two is meant the other is zero. No selection: the compiler would move the table look-ups into its
+  // branch, and branches with gathers do not vectorise. x - x is a NaN for infinities and NaN, else all bits zero.
+  return Angle{from_bits(bits((float)r) | far_bits | bits(x - x)), quadrant + far_quadrant};
+}
+static inline float sin_kernel(float r, float s) {
+  float p = -1.9515295891e-4f;
+  p = p * s + 8.3321608736e-3f;
+  p = p * s - 1.6666654611e-1f;
+  return r * (1.0f + s * p);
+}
+static inline float cos_kernel(float s) {
+  float p = 2.443315711809948e-5f;
+  p = p * s - 1.388731625493765e-3f;
+  p = p * s + 4.166664568298827e-2f;
+  return (1.0f - 0.5f * s) + s * s * p;
+}
+static inline float quarter(Angle a, uint32_t shift) {
+  const uint32_t q = a.quadrant + shift;
+  const float s = a.r * a.r;
+  const float sine = sin_kernel(a.r, s), cosine = cos_kernel(s);
+  const float y = (q & 1u) ? cosine : sine;
+  return from_bits(bits(y) ^ ((q & 2u) << 30));
+}
+static inline float sin_(float x) { return quarter(reduce_angle(x), 0u); }
+static inline float cos_(float x) { return quarter(reduce_angle(x), 1u); }
+
+// x^y = 2^(y log2 |x|) in double precision: log by the series of atanh((m-1)/(m+1)) to 2^-44, 2^f by its Taylor series to
+// 2^-38, so that the result is the correctly rounded one but for ties within 2^-10 ulp. Special cases as in C99 annex F.
+static inline float pow_(float x, float y) {
+  const float a = abs_(x);
+  const bool small = a < 0x1p-126f;
+  const uint32_t u = bits(small ? a * 0x1p23f : a) + (0x3f800000u - 0x3f3504f3u);
+  const double k = (double)((int32_t)(u >> 23) - (small ? 150 : 127));
+  const double m = (double)from_bits((u & 0x007fffffu) + 0x3f3504f3u);
+  const double s = (m - 1.0) / (m + 1.0), w = s * s;
+  double p = 1.0 / 17.0;
+  p = p * w + 1.0 / 15.0;
+  p = p * w + 1.0 / 13.0;
+  p = p * w + 1.0 / 11.0;
+  p = p * w + 1.0 / 9.0;
+  p = p * w + 1.0 / 7.0;
+  p = p * w + 1.0 / 5.0;
+  p = p * w + 1.0 / 3.0;
+  double l = k + (s + s * w * p) * 2.8853900817779268;  // 2 / ln 2
+  l = a == 0.0f ? -1e300 : l;
+  l = a == __builtin_inff() ? 1e300 : l;
+  double e = a == 1.0f ? 0.0 : (double)y * l;
+  e = y == 0.0f ? 0.0 : e;
+  e = e > 300.0 ? 300.0 : e;
+  e = e < -300.0 ? -300.0 : e;
+  const float magnitude = (float)exp2_wide(e);
+  const float whole = __builtin_truncf(y);
+  const bool odd = (whole == y) & (__builtin_truncf(y * 0.5f) * 2.0f != y) & (abs_(y) < 0x1p24f);
+  const bool negative = (bits(x) >> 31) != 0;
+  float r = negative & odd ? -magnitude : magnitude;
+  r = (x < 0.0f) & (a < __builtin_inff()) & (whole != y) ? __builtin_nanf("") : r;
+  r = (x != x) | (y != y) ? x + y : r;
+  return (y == 0.0f) | (x == 1.0f) ? 1.0f : r;
+}
 
 // ---- random numbers -------------------------------------------------------------------------------------------------
 

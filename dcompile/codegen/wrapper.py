@@ -122,9 +122,9 @@ class _Printer(HostFrame):
         results = self._result_variables(node)
         call = f"{self.bind('op', node.op)}({', '.join(arguments)})"
         self.say(f"{results} = {call}" if results else call, comment)
-        for out in node.outs:
-            if out is not None:
-                self._settle(node, out)
+        for result in node.outs:
+            if result is not None:
+                self._settle(node, result)
         for name in node.writes:
             self.moved(name)
 

@@ -21,6 +21,7 @@ Line breaks mean nothing except that a comment belongs to the line it ends. Othe
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import sympy
@@ -128,8 +129,7 @@ def _with_origin(node: Node, comment: str) -> Node:
     if not comment:
         return node
     ops, _, source = f" {comment}".partition(" @")
-    object.__setattr__(node, "origin", Origin(tuple(ops.split()), source))
-    return node
+    return replace(node, origin=Origin(tuple(ops.split()), source))
 
 
 def _read_input(reader: Reader) -> Value | SizeInput:

@@ -16,10 +16,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import sympy
-
 from dcompile.ir import expr as ex
-from dcompile.ir.kernel import Accumulator, Fold, Kernel, Let, Nest, Role, Scratch, Stmt, Write, statements
+from dcompile.ir.kernel import Accumulator, Fold, Kernel, Let, Nest, Role, Scratch, Stmt, Write
 from dcompile.ir.nodes import Axis
 from dcompile.ir.ops import REDUCTIONS, STORE_MODES
 from dcompile.ir.text_expr import print_bind, print_expr, print_exprs
@@ -214,22 +212,6 @@ def _read_role_axes(reader: Reader) -> tuple[tuple[Axis, ...], tuple[Role, ...]]
     reader.expect("(")
     pairs = reader.sequence(item, ")")
     return tuple(axis for axis, _ in pairs), tuple(role for _, role in pairs)
-
-
-def scalar_names(body: tuple[Stmt, ...]) -> tuple[str, ...]:
-    """Names defined by lets, folds and scratch in ``body``, in order of first definition, without repeats."""
-    found: dict[str, None] = {}
-    for stmt in statements(body):
-        if isinstance(stmt, Let | Scratch):
-            found[stmt.name] = None
-        elif isinstance(stmt, Fold):
-            found.update(dict.fromkeys(a.name for a in stmt.accumulators))
-    return tuple(found)
-
-
-def loop_variables(body: tuple[Stmt, ...]) -> tuple[sympy.Symbol, ...]:
-    """Loop variables of ``body`` in order of appearance, without repeats."""
-    return tuple(dict.fromkeys(v for s in statements(body) if isinstance(s, Nest | Fold) for v, _ in s.axes))
 
 
 register_node(NodeGrammar("kernel", Kernel, _print_kernel, _read_kernel))

@@ -19,6 +19,7 @@ from dcompile.lower import (
     view,
 )
 from dcompile.lower.fallback import LIBRARY_OPS
+from dcompile.lower.in_place import donate_sources, recover_in_place
 from dcompile.lower.table import RULES
 from dcompile.lower.walk import Extra, Lowered, SizeOf, lower
 
@@ -40,4 +41,14 @@ FAMILIES = (
 )
 """The files that hold rules; importing them fills ``RULES``."""
 
-__all__ = ["FAMILIES", "LIBRARY_OPS", "RULES", "Extra", "Lowered", "SizeOf", "lower"]
+__all__ = [
+    "FAMILIES",
+    "LIBRARY_OPS",
+    "RULES",
+    "Extra",
+    "Lowered",
+    "SizeOf",
+    "donate_sources",
+    "lower",
+    "recover_in_place",
+]

@@ -186,7 +186,12 @@ class Lowering:
         return out
 
     def reduction(self, out: Value, kind: str, raxes: tuple[Axis, ...], expr: ex.Expr) -> Value:
-        """``out[i0, …] = fold(kind, expr)`` over ``raxes``."""
+        """``out[i0, …] = fold(kind, expr)`` over ``raxes``; a fold of one element is that element.
+
+        ``expr`` must not use reduction variables of extent 1.
+        """
+        if all(size == 1 for _, size in raxes):
+            return self.pointwise(out, ex.const(0, DType.I64) if kind in ("argmax", "argmin") else expr)
         axes = loop_axes(out.shape)
         self.emit(Reduction(out=out, kind=kind, axes=axes, raxes=raxes, expr=expr, origin=self.origin))
         return out

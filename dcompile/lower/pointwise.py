@@ -187,6 +187,10 @@ def floor_divide(b: Lowering, x: Any, y: Any) -> Value:
     return elementwise(b, lambda v, w: op("floordiv", v, w), x, y)
 
 
+def _operator(name: str) -> tuple[str, str]:
+    return f"__{name}__.Tensor", f"__{name}__.Scalar"
+
+
 def _register_binary() -> None:
     def make(name: str) -> Callable[[Lowering, Any, Any], Value]:
         return lambda b, x, y: elementwise(b, lambda v, w: op(name, v, w), x, y)
@@ -199,11 +203,11 @@ def _register_binary() -> None:
         "fmax": ("fmax",),
         "fmin": ("fmin",),
         "atan2": ("atan2",),
-        "and": ("bitwise_and.Tensor", "bitwise_and.Scalar", "bitwise_and.Scalar_Tensor"),
-        "or": ("bitwise_or.Tensor", "bitwise_or.Scalar", "bitwise_or.Scalar_Tensor"),
-        "xor": ("bitwise_xor.Tensor", "bitwise_xor.Scalar", "bitwise_xor.Scalar_Tensor"),
-        "shl": ("bitwise_left_shift.Tensor", "bitwise_left_shift.Tensor_Scalar"),
-        "shr": ("bitwise_right_shift.Tensor", "bitwise_right_shift.Tensor_Scalar"),
+        "and": ("bitwise_and.Tensor", "bitwise_and.Scalar", "bitwise_and.Scalar_Tensor", *_operator("and")),
+        "or": ("bitwise_or.Tensor", "bitwise_or.Scalar", "bitwise_or.Scalar_Tensor", *_operator("or")),
+        "xor": ("bitwise_xor.Tensor", "bitwise_xor.Scalar", "bitwise_xor.Scalar_Tensor", *_operator("xor")),
+        "shl": ("bitwise_left_shift.Tensor", "bitwise_left_shift.Tensor_Scalar", *_operator("lshift")),
+        "shr": ("bitwise_right_shift.Tensor", "bitwise_right_shift.Tensor_Scalar", *_operator("rshift")),
     }.items():
         rule(*ops)(make(name))
 

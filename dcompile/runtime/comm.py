@@ -106,13 +106,22 @@ def find_group(name: Any) -> dist.ProcessGroup:
         if known is not None and known.group_name == str(name):
             return known
     try:
-        return dist.distributed_c10d._resolve_process_group(name)  # type: ignore[attr-defined,no-any-return]
+        return dist.distributed_c10d._resolve_process_group(name)  # type: ignore[attr-defined]
     except (RuntimeError, ValueError, KeyError, AttributeError, TypeError):
         raise Unsupported(
             None,
             f"process group {name!r}, which does not exist on this rank,",
             "call torch.distributed.init_process_group (and new_group) before running the compiled program",
         ) from None
+
+
+def group_size(name: Any) -> int:
+    """Ranks of the process group called ``name``.
+
+    Raises:
+        Unsupported: no such group on this rank.
+    """
+    return dist.get_world_size(find_group(name))
 
 
 class TorchComm:

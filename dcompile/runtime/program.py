@@ -74,7 +74,9 @@ class Runtime:
         """See ``inputs.conform``."""
         return conform(tensors, layouts, shapes, self.name)
 
-    def first(self, tensors: Sequence[torch.Tensor], layouts: Sequence[InputLayout], shapes: Any, sizes: object) -> bool:
+    def first(
+        self, tensors: Sequence[torch.Tensor], layouts: Sequence[InputLayout], shapes: Any, sizes: object
+    ) -> bool:
         """Whether no call with these sizes has ended yet: then inputs and library results are checked thoroughly."""
         if sizes in self._seen:
             return False

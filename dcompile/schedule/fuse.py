@@ -144,6 +144,9 @@ class _Grouping:
                 grown = self._join(self.units[unit], form, position, unit, direct)
                 if grown is not None:
                     self._merge(unit, grown, position, direct)
+                    for other in self._candidates(node, direct):
+                        if other != unit:
+                            self._absorb(unit, other)
                     return
             column = isinstance(node, Reduction) and is_column(form)
             domain = natural_domain(form)
@@ -177,7 +180,7 @@ class _Grouping:
             nbytes = hint(getattr(value, "nbytes", 0), self.graph.size_hints)
             for unit in self.readers.get(name, ()):
                 shared[unit] = shared.get(unit, 0) + nbytes
-        ranked = sorted(shared, key=lambda unit: (-shared[unit], -unit))
+        ranked = sorted((u for u in shared if self.units[u].group), key=lambda unit: (-shared[unit], -unit))
         return ranked[:MAX_CANDIDATES]
 
     def _join(self, unit: _Unit, form: Form, position: int, number: int, direct: set[int]) -> Group | None:
@@ -205,6 +208,53 @@ class _Grouping:
             if self._consistent(placed, new):
                 return Group(domain, column, (*placed, new))
         return self._refuse(form, unit, "their iterations do not line up")
+
+    def _absorb(self, number: int, other: int) -> None:
+        """Unite two groups that a common member has brought together, if every rule of joining holds for all members."""
+        unit, rival = self.units[number], self.units[other]
+        group, joining = unit.group, rival.group
+        if group is None or joining is None or group.column != joining.column:
+            return
+        if len(unit.touches | rival.touches) > MAX_BUFFERS or self._path_between(number, other):
+            return
+        forms = sorted((*group.members, *joining.members), key=lambda m: m.position)
+        for domain in dict.fromkeys((group.domain, joining.domain)):
+            members: list[Member] = []
+            for old in forms:
+                new = make_member(old.placed.form, old.position, domain, group.column)
+                if new is None or not self._consistent(members, new):
+                    break
+                members.append(new)
+            else:
+                self._unite(number, other, Group(domain, group.column, tuple(members)))
+                return
+
+    def _path_between(self, a: int, b: int) -> bool:
+        """Whether a third unit lies on a path from one to the other."""
+        for start, end in ((a, b), (b, a)):
+            middle = self.units[end].ancestors & ~(1 << start)
+            while middle:
+                low = middle & -middle
+                if self.units[low.bit_length() - 1].ancestors & 1 << start:
+                    return True
+                middle ^= low
+        return False
+
+    def _unite(self, number: int, other: int, group: Group) -> None:
+        unit, rival = self.units[number], self.units[other]
+        unit.group = group
+        unit.positions = sorted((*unit.positions, *rival.positions))
+        unit.touches |= rival.touches
+        both = 1 << number | 1 << other
+        unit.ancestors = (unit.ancestors | rival.ancestors) & ~both
+        for position in rival.positions:
+            self.unit_of[position] = number
+        for name in rival.touches:
+            self.readers[name] = list(dict.fromkeys(number if u == other else u for u in self.readers[name]))
+        rival.group, rival.positions = None, []
+        for third in self.units:
+            if third.ancestors & both:
+                third.ancestors |= unit.ancestors | both
 
     def _device(self, node: Node) -> str:
         return str(getattr(node.defs[0], "device", ""))
@@ -288,7 +338,8 @@ class _Grouping:
                 if self.unit_of[p] != unit:
                     waiting[unit].add(self.unit_of[p])
                     followers[self.unit_of[p]].add(unit)
-        ready = [(unit.positions[0], n) for n, unit in enumerate(self.units) if not waiting[n]]
+        live = [n for n, unit in enumerate(self.units) if unit.positions]
+        ready = [(self.units[n].positions[0], n) for n in live if not waiting[n]]
         heapq.heapify(ready)
         nodes: list[Node] = []
         while ready:
@@ -298,7 +349,7 @@ class _Grouping:
                 waiting[follower].discard(number)
                 if not waiting[follower]:
                     heapq.heappush(ready, (self.units[follower].positions[0], follower))
-        if len(nodes) != len(self.units):
+        if len(nodes) != len(live):
             raise CompilerBug("fusion made a cycle")
         return tuple(nodes)
 

@@ -119,7 +119,6 @@ def _merge(form: Form, which: str) -> Form:
         if all(_steps_as_one(a, outer, inner, inner_size) for a in addresses(form)):
             form = _substitute(form, {outer: sympy.Integer(0)})
             axes[at : at + 2] = [(inner, product((outer_size, inner_size)))]
-            at = min(at, len(axes) - 2)
         at -= 1
     return replace(form, **{which: tuple(axes)})
 

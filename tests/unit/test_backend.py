@@ -221,9 +221,13 @@ def test_empty_tensors() -> None:
 
 def test_the_second_compile_of_the_same_program_comes_from_the_cache() -> None:
     x = torch.randn(8, 8)
-    first = torch.compile(lambda x: x.exp() + 1, backend="dcompile")(x)
+
+    def program(x: Tensor) -> Tensor:
+        return x.exp() + 1
+
+    first = torch.compile(program, backend="dcompile")(x)
     torch.compiler.reset()
-    second = torch.compile(lambda x: x.exp() + 1, backend="dcompile")(x)
+    second = torch.compile(program, backend="dcompile")(x)
     assert torch.equal(first, second)
     counted = dcompile.counters()
     assert (counted.cache_misses, counted.cache_hits) == (1, 1)
@@ -243,10 +247,10 @@ def test_an_eager_op_stays_a_library_call() -> None:
 
 def test_explain_names_kernels_lines_and_fallbacks() -> None:
     def program(x: Tensor) -> Tensor:
-        return torch.cumsum(x.exp(), 0).sin()
+        return torch.special.i0e(x.exp()).sin()
 
     told = dcompile.explain(program, torch.randn(30))
     text = str(told)
-    assert told.fallbacks["aten.cumsum.default"] == 1
-    assert "test_backend.py" in text and "predicted" in text and "fallbacks: aten.cumsum.default x1" in text
+    assert told.fallbacks["aten.special_i0e.default"] == 1
+    assert "test_backend.py" in text and "predicted" in text and "fallbacks: aten.special_i0e.default x1" in text
     torch.testing.assert_close(told.result.shape, torch.Size([30]))

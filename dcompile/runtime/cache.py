@@ -1,0 +1,299 @@
+"""Compiled programs on disk: addressed by content, safe under concurrent ranks, never loaded from somebody else.
+
+An entry is a folder of files and a ``meta.json`` with their checksums. It appears by one rename, so it is whole or
+absent. One process builds an entry while the others wait for its file lock and then load; the lock of a process that
+dies vanishes with it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import stat
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from dcompile.errors import CacheError
+
+META = "meta.json"
+VERSION = 1
+MAX_BYTES = 4 * 2**30
+"""Least recently used entries go when the folder is larger; a large model's program is about 10 MB."""
+
+MIN_FREE_BYTES = 64 * 2**20
+"""With less room on the disk nothing is added: the compiler's temporary files alone can take this much."""
+
+POLL_S = 0.02
+"""Between two tries for a lock: short against a compile (seconds), long against the try (microseconds)."""
+
+
+class _Unusable(Exception):
+    """The cache folder cannot be used; says why."""
+
+
+@dataclass
+class CacheCounters:
+    """What a cache has done: entries loaded, built, waited for; entries found corrupt or not trustworthy; builds in
+    private folders because the cache could not be used."""
+
+    hits: int = 0
+    builds: int = 0
+    waits: int = 0
+    corrupt: int = 0
+    untrusted: int = 0
+    private: int = 0
+    evictions: int = 0
+
+
+def cache_key(*parts: object) -> str:
+    """The address of what ``parts`` (texts, numbers, tuples of them) determine: 64 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for part in parts:
+        text = repr(part).encode()
+        digest.update(len(text).to_bytes(8, "little") + text)
+    return digest.hexdigest()
+
+
+@dataclass
+class Cache:
+    """A folder of entries.
+
+    Attributes:
+        folder: where; None builds everything in private temporary folders.
+        deadline_s: longest wait for another process that builds the same entry, in seconds.
+        max_bytes: size the folder is kept under.
+    """
+
+    folder: Path | None
+    deadline_s: float = 300.0
+    max_bytes: int = MAX_BYTES
+    counters: CacheCounters = field(default_factory=CacheCounters)
+    _private: list[tempfile.TemporaryDirectory[str]] = field(default_factory=list)
+    _warned: set[str] = field(default_factory=set)
+
+    def find(self, key: str) -> Path | None:
+        """The folder of the entry ``key`` if it is there and can be trusted. Builds nothing, waits for nobody."""
+        if self.folder is None:
+            return None
+        entry = self.folder / key[:2] / key
+        try:
+            if not entry.exists() or not self._usable(_own_folder(self.folder) / key[:2] / key):
+                return None
+        except (OSError, _Unusable):
+            return None
+        self.counters.hits += 1
+        return self._touch(entry)
+
+    def fetch(self, key: str, build: Callable[[Path], None]) -> Path:
+        """The folder of the entry ``key``; ``build(folder)`` fills a new one if there is none that can be trusted.
+
+        Raises:
+            CacheError: ``key`` is no hexadecimal text, or ``build`` wrote no file.
+            Exception: whatever ``build`` raises.
+        """
+        if not re.fullmatch(r"[0-9a-f]{8,128}", key):
+            raise CacheError(f"cache key {key!r} is no hexadecimal text")
+        try:
+            if self.folder is None:
+                return self._build_private(build)
+            root = _own_folder(self.folder)
+            entry = root / key[:2] / key
+            if self._usable(entry):
+                self.counters.hits += 1
+                return self._touch(entry)
+            return self._build_or_wait(root, entry, build)
+        except _Unusable as reason:
+            self._warn(f"{reason}; compiling into a private temporary folder instead")
+            self.counters.private += 1
+            return self._build_private(build)
+
+    def _build_or_wait(self, root: Path, entry: Path, build: Callable[[Path], None]) -> Path:
+        asked = time.monotonic()
+        with self._lock(root, entry.name, self.deadline_s):
+            if time.monotonic() - asked > POLL_S:
+                self.counters.waits += 1
+            if self._usable(entry, count=False):
+                self.counters.hits += 1
+                return self._touch(entry)
+            if shutil.disk_usage(root).free < MIN_FREE_BYTES:
+                raise _Unusable(f"the disk of cache folder {root} is full")
+            with _os_errors(root):
+                fresh = Path(tempfile.mkdtemp(prefix="new-", dir=root))
+            try:
+                build(fresh)
+                with _os_errors(root):
+                    _seal(fresh, entry.name)
+                    _own_folder(entry.parent)
+                    if entry.exists() or entry.is_symlink():
+                        os.rename(entry, fresh.with_name(fresh.name + "-replaced"))
+                    os.rename(fresh, entry)
+            finally:
+                shutil.rmtree(fresh, ignore_errors=True)
+                shutil.rmtree(fresh.with_name(fresh.name + "-replaced"), ignore_errors=True)
+            self.counters.builds += 1
+        self._evict(root, keep=entry)
+        return entry
+
+    def _build_private(self, build: Callable[[Path], None]) -> Path:
+        holder = tempfile.TemporaryDirectory(prefix="dcompile-", ignore_cleanup_errors=True)
+        self._private.append(holder)
+        build(Path(holder.name))
+        self.counters.builds += 1
+        return Path(holder.name)
+
+    def _usable(self, entry: Path, count: bool = True) -> bool:
+        """Whether ``entry`` is there, ours alone to write, and whole."""
+        try:
+            if not entry.exists():
+                return False
+            if (why := _why_untrusted(entry)) is not None:
+                self.counters.untrusted += count
+                self._warn(f"cache entry {entry} {why}; it is compiled again")
+                return False
+            if (why := _why_corrupt(entry)) is not None:
+                self.counters.corrupt += count
+                self._warn(f"cache entry {entry} is corrupt ({why}); it is compiled again")
+                return False
+            return True
+        except OSError as error:
+            self._warn(f"cache entry {entry} cannot be read ({error}); it is compiled again")
+            return False
+
+    def _touch(self, entry: Path) -> Path:
+        """Note the use of ``entry`` for eviction."""
+        try:
+            os.utime(entry / META)
+        except OSError:
+            self._warn(f"cache folder {self.folder} cannot be written; the age of its entries is not kept")
+        return entry
+
+    @contextmanager
+    def _lock(self, root: Path, name: str, deadline_s: float) -> Iterator[None]:
+        """Hold the lock file of ``name``.
+
+        Raises:
+            _Unusable: another process holds it beyond the deadline, or the folder cannot be written.
+        """
+        with _os_errors(root):
+            locks = _own_folder(root / "locks")
+            handle = os.open(locks / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            until = time.monotonic() + deadline_s
+            while True:
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() > until:
+                        raise _Unusable(
+                            f"another process has been building {name[:12]} in {root} for more than {deadline_s:g} s"
+                        ) from None
+                    time.sleep(POLL_S)
+            yield
+        finally:
+            os.close(handle)
+
+    def _evict(self, root: Path, keep: Path) -> None:
+        """Remove the least recently used entries beyond ``max_bytes``; programs that run keep their mapped files."""
+        try:
+            entries = [path.parent for path in root.glob(f"??/*/{META}")]
+            aged = sorted((((path / META).stat().st_mtime, path, _size(path)) for path in entries), key=lambda e: e[:2])
+        except OSError:
+            return  # another process is removing entries right now
+        total = sum(size for _, _, size in aged)
+        for _, path, size in aged:
+            if total <= self.max_bytes:
+                return
+            if path != keep:
+                shutil.rmtree(path, ignore_errors=True)
+                self.counters.evictions += 1
+                total -= size
+
+    def _warn(self, message: str) -> None:
+        """Once for each message."""
+        if message not in self._warned:
+            self._warned.add(message)
+            warnings.warn(f"dcompile: {message}", RuntimeWarning, stacklevel=3)
+
+
+@contextmanager
+def _os_errors(root: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise _Unusable(f"cache folder {root} cannot be written ({error.strerror or error})") from error
+
+
+def _own_folder(path: Path) -> Path:
+    """``path``, made with mode 0700 if it is not there.
+
+    Raises:
+        _Unusable: it cannot be made, or others could write to it.
+    """
+    with _os_errors(path):
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        why = _why_not_ours(path)
+    if why is not None:
+        raise _Unusable(f"cache folder {path} {why}")
+    return path
+
+
+def _why_not_ours(path: Path) -> str | None:
+    """None if only this user can write ``path``."""
+    found = path.lstat()
+    if stat.S_ISLNK(found.st_mode):
+        found = path.stat()
+    if found.st_uid != os.getuid():
+        return f"belongs to user {found.st_uid}"
+    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        return f"can be written by other users (mode {stat.S_IMODE(found.st_mode):o})"
+    return None
+
+
+def _why_untrusted(entry: Path) -> str | None:
+    for path in (entry.parent, entry, *entry.iterdir()):
+        if path.is_symlink():
+            return f"contains a link, {path.name}"
+        if (why := _why_not_ours(path)) is not None:
+            return f"has a part, {path.name}, that {why}"
+    return None
+
+
+def _why_corrupt(entry: Path) -> str | None:
+    try:
+        meta = json.loads((entry / META).read_text())
+        files = dict(meta["files"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{META}: {type(error).__name__}"
+    if meta.get("version") != VERSION or meta.get("key") != entry.name:
+        return f"{META} is of another version or entry"
+    if set(files) != {path.name for path in entry.iterdir()} - {META}:
+        return "files are missing or added"
+    return next((f"{name} has another checksum" for name, sha in files.items() if _sha(entry / name) != sha), None)
+
+
+def _seal(folder: Path, key: str) -> None:
+    """Write ``meta.json`` and take write permission of others away."""
+    files = {path.name: _sha(path) for path in sorted(folder.iterdir())}
+    if not files:
+        raise CacheError(f"nothing was built for cache entry {key}")
+    (folder / META).write_text(json.dumps({"version": VERSION, "key": key, "files": files}, indent=1))
+    for path in folder.iterdir():
+        path.chmod(stat.S_IMODE(path.stat().st_mode) & ~0o022)
+
+
+def _sha(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.iterdir())

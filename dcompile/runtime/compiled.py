@@ -1,0 +1,131 @@
+"""A compiled graph from cache entry to first call: its files, its loading, and the agreement of the ranks."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dcompile.options import Options
+from dcompile.runtime.agree import agree_on
+from dcompile.runtime.comm import TorchComm
+from dcompile.runtime.program import Executable
+from dcompile.runtime.timeline import RECORDER
+from dcompile.runtime.toolchain import compile_shared, load_functions
+
+HOST, SOURCE, LIBRARY, FACTS = "host.py", "kernels.cpp", "kernels.so", "facts.json"
+
+
+@dataclass(frozen=True)
+class Arity:
+    """Parameters of a kernel function: pointers, then int64 sizes, then the int64 thread count."""
+
+    buffers: int
+    sizes: int
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of a program without its plan.
+
+    Attributes:
+        functions: parameters of each C function.
+        lines: canonical text of the final plan, one line a step, for ranks to compare.
+        launches, library_calls, collectives: steps of one call.
+        fallbacks: library calls made for want of a lowering rule, by op.
+    """
+
+    functions: Mapping[str, Arity]
+    lines: tuple[str, ...]
+    launches: int
+    library_calls: int
+    collectives: int
+    fallbacks: Counter[str]
+
+    def to_json(self) -> str:
+        functions = {name: [arity.buffers, arity.sizes] for name, arity in self.functions.items()}
+        steps = [self.launches, self.library_calls, self.collectives]
+        return json.dumps({"functions": functions, "lines": self.lines, "steps": steps, "fallbacks": self.fallbacks})
+
+    @staticmethod
+    def from_json(text: str) -> Facts:
+        found = json.loads(text)
+        functions = {name: Arity(*arity) for name, arity in found["functions"].items()}
+        return Facts(functions, tuple(found["lines"]), *found["steps"], Counter(found["fallbacks"]))
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the plan without its comments: equal on ranks that run the same program."""
+        bare = "\n".join(line.split("  # ")[0] for line in self.lines)
+        return hashlib.sha256(bare.encode()).hexdigest()
+
+
+def write_entry(folder: Path, host: str, source: str, facts: Facts, cxx: str | None) -> None:
+    """Fill a cache entry: texts, facts, and the compiled kernels.
+
+    Raises:
+        ToolchainError: the C++ compiler failed.
+    """
+    (folder / HOST).write_text(host)
+    (folder / FACTS).write_text(facts.to_json())
+    if facts.functions:
+        (folder / SOURCE).write_text(source)
+        compile_shared(source, folder / LIBRARY, cxx)
+
+
+def read_facts(entry: Path) -> Facts:
+    return Facts.from_json((entry / FACTS).read_text())
+
+
+class CompiledGraph:
+    """A program that is being built or is ready. The first call waits for the build, loads it and has the ranks agree.
+
+    Args:
+        name: of the graph.
+        entry: its cache entry, possibly still being built by another thread.
+        groups: process group, or its name, of each group label.
+        complete: appends to the inputs what the traced program leaves implicit (constants, sizes).
+    """
+
+    def __init__(
+        self,
+        name: str,
+        entry: Future[Path],
+        groups: Mapping[str, Any],
+        complete: Callable[[list[Any]], None],
+        options: Options,
+    ) -> None:
+        self.name = name
+        self._entry = entry
+        self._groups = groups
+        self._complete = complete
+        self._options = options
+        self._executable: Executable | None = None
+        self._lock = threading.Lock()
+
+    def __call__(self, inputs: list[Any]) -> Sequence[Any]:
+        """Run on ``inputs``, which is emptied."""
+        executable = self._executable or self._load()
+        self._complete(inputs)
+        return executable(inputs)
+
+    def _load(self) -> Executable:
+        with self._lock:
+            if self._executable is None:
+                entry = self._entry.result()
+                facts = read_facts(entry)
+                functions = load_functions(entry / LIBRARY, facts.functions) if facts.functions else {}
+                communicator = TorchComm(self._groups, self._options.deadline_s) if self._groups else None
+                if communicator is not None and self._options.verify_cross_rank:
+                    teams = communicator.teams
+                    agree_on(teams, self.name, facts.fingerprint, facts.lines, self._options.deadline_s)
+                recorder = RECORDER if self._options.timeline else None
+                source = (entry / HOST).read_text()
+                self._executable = Executable(source, self.name, functions, communicator, recorder)
+            return self._executable
