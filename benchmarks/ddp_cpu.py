@@ -38,6 +38,9 @@ RANKS = 2
 SETTLING_STEPS = 2
 """Steps after the first that do not count: allocator and caches of the processor reach their steady state in them."""
 
+JOB_LIMIT_S = 900
+"""Longest a job may take: far above the slowest compile measured (37 s), so that it ends only what hangs."""
+
 LOSS_TOLERANCE = 1e-4
 """Largest relative difference to eager's loss that counts as equal: float32 sums in another order differ by about 1e-6
 a step, and the steps of a run add up."""
@@ -103,7 +106,7 @@ def measure(given: argparse.Namespace, backend: str, caches: Path) -> dict[str, 
     """One job: seconds of the first step, compile seconds, median milliseconds of a later step, losses.
 
     Raises:
-        RuntimeError: the job failed; carries the end of its standard error.
+        RuntimeError: the job failed or took longer than ``JOB_LIMIT_S``; carries the end of its standard error.
     """
     file = caches / "measured.json"
     environment = {
@@ -115,9 +118,14 @@ def measure(given: argparse.Namespace, backend: str, caches: Path) -> dict[str, 
     }
     command = [sys.executable, "-m", "dcompile_launch", "--nproc", str(RANKS)]
     command += [str(Path(__file__).resolve()), "--worker", backend, str(file), *model_flags(given)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if result.returncode != 0:
-        raise RuntimeError(f"the {backend} job failed:\n{result.stderr[-8000:]}")
+    job = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    try:
+        _, errors = job.communicate(timeout=JOB_LIMIT_S)
+    except subprocess.TimeoutExpired:
+        job.terminate()  # the launcher then stops its ranks
+        _, errors = job.communicate()
+    if job.returncode != 0:
+        raise RuntimeError(f"the {backend} job ended with exit code {job.returncode}:\n{errors[-8000:]}")
     measured = json.loads(file.read_text())
     file.unlink()
     first_s, later_s = measured["seconds"][0], measured["seconds"][1 + SETTLING_STEPS :]

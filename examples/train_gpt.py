@@ -283,11 +283,11 @@ def communication_hidden(backend: str) -> str:
     import dcompile
 
     summary = dcompile.communication_summary()
-    if summary.hidden_share is None:
+    if summary is None or summary.hidden_share is None:
         return "communication hidden: not measured"
     return (
         f"communication hidden: {summary.hidden_share:.0%} of {summary.total_us / 1e3:.1f} ms, "
-        f"{summary.exposed_us / 1e3:.1f} ms exposed (last step)"
+        f"{summary.exposed_us / 1e3:.1f} ms exposed (the last {summary.calls} calls of compiled graphs on rank 0)"
     )
 
 

@@ -11,17 +11,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import sympy
-import torch
 from hypothesis import strategies as st
 
 from dcompile.collectives.group import Group
 from dcompile.collectives.nodes import Kind, Pending, Start, Wait
 from dcompile.collectives.rules import RULES, result_value
 from dcompile.ir import expr as ex
-from dcompile.ir.graph import Graph, SizeInput, hint
+from dcompile.ir.graph import Graph, SizeInput
 from dcompile.ir.index import as_expr, as_size, flatten_index, product, symbol, unflatten
 from dcompile.ir.nodes import Axis, Extern, Node, Pack, Pointwise, Reduction, Ref, Store, View
 from dcompile.ir.types import DType, Origin, Size, Value, contiguous_stride
+from tests.inputs import assert_same, copy_inputs, random_inputs
 
 GROUP = Group("g0", 2)
 SIZE = symbol("s0")
@@ -277,8 +277,7 @@ def _mm(b: _Builder) -> bool:
 
 
 def _relu(b: _Builder) -> bool:
-    found = b.readable(_is_dense)
-    if not found:
+    if not (found := b.readable(_is_dense)):
         return False
     x = b.pick(found).value
     out = contiguous(b.name(), x.shape)
@@ -287,8 +286,7 @@ def _relu(b: _Builder) -> bool:
 
 
 def _mutating_extern(b: _Builder) -> bool:
-    found = b.writable()
-    if not found:
+    if not (found := b.writable()):
         return False
     entry = b.pick(found)
     x = entry.value
@@ -416,47 +414,4 @@ def graphs(
     return Graph("forward", tuple(b.inputs), tuple(b.nodes), tuple(Ref(name) for name in outputs)).check()
 
 
-def random_inputs(graph: Graph, ranks: int, seed: int = 0) -> list[list[torch.Tensor | int]]:
-    """Inputs for each rank, different between ranks except for sizes: standard normal floats, small integers.
-
-    Sizes take their hints. Strides are those declared.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    return [[_random_input(item, graph, generator) for item in graph.inputs] for _ in range(ranks)]
-
-
-def _random_input(item: Value | SizeInput, graph: Graph, generator: torch.Generator) -> torch.Tensor | int:
-    if isinstance(item, SizeInput):
-        return item.hint
-    shape = tuple(hint(n, graph.size_hints) for n in item.shape)
-    stride = tuple(hint(n, graph.size_hints) for n in item.stride)
-    tensor = torch.empty_strided(shape, stride, dtype=item.dtype.torch)
-    if item.dtype.is_float or item.dtype.is_complex:
-        return tensor.copy_(torch.randn(shape, generator=generator, dtype=torch.float64))
-    low, high = (0, 2) if item.dtype is DType.BOOL else (0, 100)
-    return tensor.copy_(torch.randint(low, high, shape, generator=generator))
-
-
-def copy_inputs(inputs: Sequence[Sequence[torch.Tensor | int]]) -> list[list[torch.Tensor | int]]:
-    """Copies with the same strides: programs mutate their inputs."""
-    return [
-        [
-            torch.empty_strided(x.shape, x.stride(), dtype=x.dtype).copy_(x) if isinstance(x, torch.Tensor) else x
-            for x in rank
-        ]
-        for rank in inputs
-    ]
-
-
-def assert_same(
-    found: Sequence[Sequence[object]], expected: Sequence[Sequence[object]], rtol: float = 1e-4, atol: float = 1e-5
-) -> None:
-    """Equal results on every rank: tensors up to rounding (NaN equals NaN), everything else exactly."""
-    assert len(found) == len(expected)
-    for mine, theirs in zip(found, expected, strict=True):
-        assert len(mine) == len(theirs)
-        for a, b in zip(mine, theirs, strict=True):
-            if isinstance(b, torch.Tensor):
-                torch.testing.assert_close(a, b, rtol=rtol, atol=atol, equal_nan=True, check_stride=False)
-            else:
-                assert a == b
+__all__ = ["GROUP", "SIZE", "SIZE_HINT", "assert_same", "contiguous", "copy_inputs", "graphs", "random_inputs"]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from dcompile.codegen.host_text import tuple_text, where_text
-from dcompile.collectives.nodes import Start, Wait
+from dcompile.codegen.host_text import tuple_text
+from dcompile.collectives.nodes import Start
 
 
 def describe(start: Start) -> str:
@@ -32,8 +32,3 @@ def start_text(start: Start, handle: str, tensor: Callable[[str], str]) -> str:
 def wait_text(handle: str) -> str:
     """The wait: the results are in planned memory afterwards."""
     return f"wait({handle})"
-
-
-def comment(node: Start | Wait, start: Start) -> str:
-    """What moves and where it comes from."""
-    return f"{start.group.size} ranks, {where_text(node.origin or start.origin)}"

@@ -37,6 +37,8 @@ class StripPrinter:
     def __init__(self, printer: Printer) -> None:
         self.printer = printer
         self.out = printer.out
+        self.lane_locals: dict[str, str] = {}
+        """Locals with one value a lane, as C++ text that means something inside a loop over lanes only."""
 
     def nest(self, axis: Axis, body: Sequence[Stmt], work: Size, threads: bool) -> None:
         """The loop over strips of ``axis``, spread over threads if it is outermost."""
@@ -105,7 +107,7 @@ class StripPrinter:
         simd = not any(conflicts(s, self.axis[0], self.printer.open_axes) for s in group if isinstance(s, Write))
         self.lane_loop(each, simd)
         for name, array in arrays.items():
-            self.out.bind_local(name, f"{array}[{self.lane}]")
+            self.lane_locals[name] = f"{array}[{self.lane}]"
 
     def _array(self, ctype: str, name: str) -> str:
         self.out.line(f"alignas(64) {ctype} {name}[{self.lanes}];")
@@ -123,6 +125,8 @@ class StripPrinter:
         with out.scope(certain=at_least_one(self.axis[1])) as inner:
             text = out.fresh("i")
             out.bind_symbol(self.axis[0], text)
+            for name, element in self.lane_locals.items():
+                out.bind_local(name, element)
             out.line(f"const int64_t {text} = {self.first} + {self.lane};")
             each()
         if len(inner.lines) == 1:
@@ -163,7 +167,7 @@ class StripPrinter:
 
         self.lane_loop(finish)
         for acc, fold in zip(stmt.accumulators, folds, strict=True):
-            self.out.bind_local(acc.name, arrays.get(acc.name, fold.name) + at)
+            self.lane_locals[acc.name] = arrays.get(acc.name, fold.name) + at
 
     def _start(self, variables: Sequence[tuple[str, str, str]]) -> None:
         for name, ctype, _ in variables:

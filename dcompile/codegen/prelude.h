@@ -427,59 +427,8 @@ static inline float erfc_(float x) {
 
 // sin and cos: x = n pi/2 + r in double precision with pi/2 in two doubles, good to |x| < 2^31; beyond, the reduction of
 // Payne and Hanek (SIGNUM 1983): mantissa times those bits of 2/pi that matter modulo 4, in integers. Both are computed,
-// so that loops have no branch; the tables have an entry for every exponent for the same reason. The polynomials on
-// [-pi/4, pi/4] are those of Moshier's Cephes library (sinf, cosf).
-static const uint64_t TWO_OVER_PI[256] = {
-    0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
-    0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
-    0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
-    0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
-    0, 0, 0x28be60db9391054aull, 0x517cc1b727220a94ull, 0xa2f9836e4e441529ull, 0x45f306dc9c882a53ull,
-    0x8be60db9391054a7ull, 0x17cc1b727220a94full, 0x2f9836e4e441529full, 0x5f306dc9c882a53full,
-    0xbe60db9391054a7full, 0x7cc1b727220a94feull, 0xf9836e4e441529fcull, 0xf306dc9c882a53f8ull,
-    0xe60db9391054a7f0ull, 0xcc1b727220a94fe1ull, 0x9836e4e441529fc2ull, 0x306dc9c882a53f84ull,
-    0x60db9391054a7f09ull, 0xc1b727220a94fe13ull, 0x836e4e441529fc27ull, 0x06dc9c882a53f84eull,
-    0x0db9391054a7f09dull, 0x1b727220a94fe13aull, 0x36e4e441529fc275ull, 0x6dc9c882a53f84eaull,
-    0xdb9391054a7f09d5ull, 0xb727220a94fe13abull, 0x6e4e441529fc2757ull, 0xdc9c882a53f84eafull,
-    0xb9391054a7f09d5full, 0x727220a94fe13abeull, 0xe4e441529fc2757dull, 0xc9c882a53f84eafaull,
-    0x9391054a7f09d5f4ull, 0x27220a94fe13abe8ull, 0x4e441529fc2757d1ull, 0x9c882a53f84eafa3ull,
-    0x391054a7f09d5f47ull, 0x7220a94fe13abe8full, 0xe441529fc2757d1full, 0xc882a53f84eafa3eull,
-    0x91054a7f09d5f47dull, 0x220a94fe13abe8faull, 0x441529fc2757d1f5ull, 0x882a53f84eafa3eaull,
-    0x1054a7f09d5f47d4ull, 0x20a94fe13abe8fa9ull, 0x41529fc2757d1f53ull, 0x82a53f84eafa3ea6ull,
-    0x054a7f09d5f47d4dull, 0x0a94fe13abe8fa9aull, 0x1529fc2757d1f534ull, 0x2a53f84eafa3ea69ull,
-    0x54a7f09d5f47d4d3ull, 0xa94fe13abe8fa9a6ull, 0x529fc2757d1f534dull, 0xa53f84eafa3ea69bull,
-    0x4a7f09d5f47d4d37ull, 0x94fe13abe8fa9a6eull, 0x29fc2757d1f534ddull, 0x53f84eafa3ea69bbull,
-    0xa7f09d5f47d4d377ull, 0x4fe13abe8fa9a6eeull, 0x9fc2757d1f534ddcull, 0x3f84eafa3ea69bb8ull,
-    0x7f09d5f47d4d3770ull, 0xfe13abe8fa9a6ee0ull, 0xfc2757d1f534ddc0ull, 0xf84eafa3ea69bb81ull,
-    0xf09d5f47d4d37703ull, 0xe13abe8fa9a6ee06ull, 0xc2757d1f534ddc0dull, 0x84eafa3ea69bb81bull,
-    0x09d5f47d4d377036ull, 0x13abe8fa9a6ee06dull, 0x2757d1f534ddc0dbull, 0x4eafa3ea69bb81b6ull,
-    0x9d5f47d4d377036dull, 0x3abe8fa9a6ee06dbull, 0x757d1f534ddc0db6ull, 0xeafa3ea69bb81b6cull,
-    0xd5f47d4d377036d8ull, 0xabe8fa9a6ee06db1ull, 0x57d1f534ddc0db62ull, 0xafa3ea69bb81b6c5ull,
-    0x5f47d4d377036d8aull, 0xbe8fa9a6ee06db14ull, 0x7d1f534ddc0db629ull, 0xfa3ea69bb81b6c52ull,
-    0xf47d4d377036d8a5ull, 0xe8fa9a6ee06db14aull, 0xd1f534ddc0db6295ull, 0xa3ea69bb81b6c52bull,
-    0x47d4d377036d8a56ull, 0x8fa9a6ee06db14acull, 0x1f534ddc0db62959ull, 0x3ea69bb81b6c52b3ull,
-    0x7d4d377036d8a566ull, 0xfa9a6ee06db14accull, 0xf534ddc0db629599ull, 0xea69bb81b6c52b32ull,
-    0xd4d377036d8a5664ull, 0xa9a6ee06db14acc9ull, 0x534ddc0db6295993ull, 0xa69bb81b6c52b327ull,
-    0x4d377036d8a5664full};
-static const uint32_t TWO_OVER_PI_NEXT[256] = {
-    0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
-    0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
-    0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
-    0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
-    0, 0, 0x7f09d5f4u, 0xfe13abe8u, 0xfc2757d1u, 0xf84eafa3u, 0xf09d5f47u, 0xe13abe8fu, 0xc2757d1fu, 0x84eafa3eu,
-    0x09d5f47du, 0x13abe8fau, 0x2757d1f5u, 0x4eafa3eau, 0x9d5f47d4u, 0x3abe8fa9u, 0x757d1f53u, 0xeafa3ea6u,
-    0xd5f47d4du, 0xabe8fa9au, 0x57d1f534u, 0xafa3ea69u, 0x5f47d4d3u, 0xbe8fa9a6u, 0x7d1f534du, 0xfa3ea69bu,
-    0xf47d4d37u, 0xe8fa9a6eu, 0xd1f534ddu, 0xa3ea69bbu, 0x47d4d377u, 0x8fa9a6eeu, 0x1f534ddcu, 0x3ea69bb8u,
-    0x7d4d3770u, 0xfa9a6ee0u, 0xf534ddc0u, 0xea69bb81u, 0xd4d37703u, 0xa9a6ee06u, 0x534ddc0du, 0xa69bb81bu,
-    0x4d377036u, 0x9a6ee06du, 0x34ddc0dbu, 0x69bb81b6u, 0xd377036du, 0xa6ee06dbu, 0x4ddc0db6u, 0x9bb81b6cu,
-    0x377036d8u, 0x6ee06db1u, 0xddc0db62u, 0xbb81b6c5u, 0x77036d8au, 0xee06db14u, 0xdc0db629u, 0xb81b6c52u,
-    0x7036d8a5u, 0xe06db14au, 0xc0db6295u, 0x81b6c52bu, 0x036d8a56u, 0x06db14acu, 0x0db62959u, 0x1b6c52b3u,
-    0x36d8a566u, 0x6db14accu, 0xdb629599u, 0xb6c52b32u, 0x6d8a5664u, 0xdb14acc9u, 0xb6295993u, 0x6c52b327u,
-    0xd8a5664fu, 0xb14acc9eu, 0x6295993cu, 0xc52b3278u, 0x8a5664f1u, 0x14acc9e2u, 0x295993c4u, 0x52b32788u,
-    0xa5664f10u, 0x4acc9e21u, 0x95993c43u, 0x2b327887u, 0x5664f10eu, 0xacc9e21cu, 0x5993c439u, 0xb3278872u,
-    0x664f10e4u, 0xcc9e21c8u, 0x993c4390u, 0x32788720u, 0x64f10e41u, 0xc9e21c82u, 0x93c43904u, 0x27887208u,
-    0x4f10e410u, 0x9e21c820u, 0x3c439041u, 0x78872083u, 0xf10e4107u, 0xe21c820fu, 0xc439041fu, 0x8872083fu,
-    0x10e4107fu};
+// so that loops have no branch, and 2/pi stands in six constants instead of a table, so that they have no gather. The
+// polynomials on [-pi/4, pi/4] are those of Moshier's Cephes library (sinf, cosf).
 struct Angle {
   float r;
   uint32_t quadrant;
@@ -494,14 +443,17 @@ static inline Angle reduce_angle(float x) {
   const uint32_t quadrant = (uint32_t)bitcast<uint64_t>(z);
 
   const uint64_t mantissa = (u & 0x007fffffu) | 0x00800000u;
-  const uint64_t turns = mantissa * TWO_OVER_PI[u >> 23] + ((mantissa * TWO_OVER_PI_NEXT[u >> 23]) >> 32);
+  const uint64_t offset = ((u >> 23) - 152u) & 127u, word = offset >> 5, shift = offset & 31u;  // bits of 2/pi to skip
+  const uint64_t first = word == 0 ? 0xa2f9836e4e441529ull : word == 1 ? 0x4e441529fc2757d1ull : word == 2 ? 0xfc2757d1f534ddc0ull : 0xf534ddc0db629599ull;
+  const uint64_t second = word == 0 ? 0xfc2757d1f534ddc0ull : word == 1 ? 0xf534ddc0db629599ull : word == 2 ? 0xdb6295993c439041ull : 0x3c439041fe5163abull;
+  const uint64_t high = (first << shift) | ((second >> 1) >> (63u - shift)), low = (second << shift) >> 32;
+  const uint64_t turns = mantissa * high + ((mantissa * low) >> 32);
   const uint64_t nearest = (turns + 0x2000000000000000ull) >> 62;
   const double far = (double)(int64_t)((turns - (nearest << 62)) << 1) * (0x1.921fb54442d18p+0 * 0x1p-63);
   const uint32_t sign = (uint32_t)((int32_t)bits(x) >> 31);
   const uint32_t far_quadrant = (((uint32_t)nearest ^ sign) - sign) & large;
   const uint32_t far_bits = (bits((float)far) ^ (sign & 0x80000000u)) & large;
-  // Where one of the two is meant the other is zero. No selection: the compiler would move the table look-ups into its
-  // branch, and branches with gathers do not vectorise. x - x is a NaN for infinities and NaN, else all bits zero.
+  // Where one of the two is meant the other is zero. No selection is needed. x - x is a NaN for infinities and NaN, else all bits zero.
   return Angle{from_bits(bits((float)r) | far_bits | bits(x - x)), quadrant + far_quadrant};
 }
 static inline float sin_kernel(float r, float s) {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import TypeAlias
 
 import sympy
 
@@ -11,7 +12,7 @@ from dcompile.errors import CompilerBug
 from dcompile.ir.nodes import Node, Ref
 from dcompile.ir.types import Def, Size, Value
 
-Output = Ref | Size | float | bool | None
+Output: TypeAlias = Ref | Size | float | bool | None
 """What a graph returns in one place: a tensor, a (symbolic) number, or None."""
 
 

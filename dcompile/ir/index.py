@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import lru_cache
+from typing import TypeAlias
 
 import sympy
 
 from dcompile.ir.types import Size
 
-Ranges = Mapping[sympy.Symbol, Size]
+Ranges: TypeAlias = Mapping[sympy.Symbol, Size]
 """Each loop variable v with its extent n: 0 <= v < n."""
 
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from enum import Enum
+from typing import TypeAlias
 
 import sympy
 
@@ -98,7 +99,7 @@ class Scratch:
     size: int
 
 
-Stmt = Nest | Let | Fold | Write | Scratch
+Stmt: TypeAlias = "Nest | Let | Fold | Write | Scratch"
 
 
 @dataclass(frozen=True, kw_only=True)

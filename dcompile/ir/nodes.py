@@ -16,14 +16,14 @@ next version; everything later in the program reads the new version.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import sympy
 
 from dcompile.ir import expr as ex
 from dcompile.ir.types import Def, Origin, Size, Value
 
-Axis = tuple[sympy.Symbol, Size]
+Axis: TypeAlias = tuple[sympy.Symbol, Size]
 """A loop variable and its extent."""
 
 
@@ -43,7 +43,7 @@ class Literal:
     value: str
 
 
-Arg = Any
+Arg: TypeAlias = Any
 """Argument of a library call: Ref | Literal | None | bool | int | float | str | sympy.Expr | tuple of Arg."""
 
 

@@ -29,6 +29,7 @@ import sympy
 from dcompile.ir import text_kernel
 from dcompile.ir.graph import Graph, Output, SizeInput
 from dcompile.ir.index import symbol
+from dcompile.ir.kernel import Kernel
 from dcompile.ir.nodes import Arg, Extern, Literal, Node, Pack, Pointwise, Reduction, Ref, Store, View
 from dcompile.ir.ops import REDUCTIONS, STORE_MODES
 from dcompile.ir.text_expr import parse_expr, print_bind, print_expr, print_exprs, print_position
@@ -121,7 +122,7 @@ def read_node(reader: Reader) -> Node:
         reader.fail(f"other results left of '{grammar.keyword}'", token)
     for item in node.defs:
         reader.define(item)
-    line = token.line if isinstance(node, text_kernel.Kernel) else reader.last_line
+    line = token.line if isinstance(node, Kernel) else reader.last_line
     return _with_origin(node, reader.comments.get(line, ""))
 
 
@@ -247,9 +248,9 @@ def _read_arg(reader: Reader) -> Any:
         value = _read_string(reader)
         reader.expect(">")
         return Literal(kind, value)
-    for word, value in (("none", None), ("true", True), ("false", False)):
+    for word, constant in (("none", None), ("true", True), ("false", False)):
         if reader.accept(word):
-            return value
+            return constant
     if token.kind == "string":
         return _read_string(reader)
     if reader.accept("["):
@@ -257,8 +258,8 @@ def _read_arg(reader: Reader) -> Any:
     number = reader.peek(1) if reader.at("-") else token
     if number.kind == "float" or (number.kind == "name" and number.text in ("inf", "nan")):
         negative = reader.accept("-")
-        value = float(reader.next().text)
-        return -value if negative else value
+        magnitude = float(reader.next().text)
+        return -magnitude if negative else magnitude
     return reader.size()
 
 
@@ -306,7 +307,7 @@ def _read_extern(reader: Reader, left: tuple[Def | None, ...]) -> Extern:
     writes = reader.names() if reader.accept("writes") else ()
     versions = reader.values() if reader.accept("versions") else ()
     aliases = reader.optional_names() if reader.accept("aliases") else ()
-    flags = {flag: reader.accept(flag) for flag in _FLAGS}
+    flags: dict[str, Any] = {flag: reader.accept(flag) for flag in _FLAGS}
     outs = tuple(out if isinstance(out, Value) else None for out in left)
     return Extern(
         outs=outs, op=op, args=tuple(args), kwargs=tuple(kwargs), writes=writes, versions=versions, out_op=out_op,

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import TypeAlias
 
 import sympy
 import torch
+from torch import dtype as TorchDType
 
-Size = int | sympy.Expr
+Size: TypeAlias = int | sympy.Expr
 """A dimension, stride or byte count: a plain int when static, a sympy expression over size symbols otherwise."""
 
 
@@ -29,7 +31,8 @@ class DType(Enum):
     C128 = "c128"
 
     @property
-    def torch(self) -> torch.dtype:
+    def torch(self) -> TorchDType:
+        """The same type in PyTorch."""
         return _TO_TORCH[self]
 
     @property
@@ -61,12 +64,12 @@ class DType(Enum):
         return DType.F32 if self.is_low_precision else self
 
     @staticmethod
-    def of(dtype: torch.dtype) -> DType | None:
+    def of(dtype: TorchDType) -> DType | None:
         """The IR type of a torch dtype, or None if the IR has none (float8, quantised, bits)."""
         return _FROM_TORCH.get(dtype)
 
 
-_TO_TORCH: dict[DType, torch.dtype] = {
+_TO_TORCH: dict[DType, TorchDType] = {
     DType.F64: torch.float64,
     DType.F32: torch.float32,
     DType.F16: torch.float16,

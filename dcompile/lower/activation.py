@@ -190,5 +190,3 @@ def mish(b: Lowering, x: Any) -> Value:
 @rule("_prelu_kernel")
 def prelu(b: Lowering, x: Any, weight: Any) -> Value:
     return elementwise(b, lambda v, w: op("where", op("gt", v, literal(v, 0)), v, _mul(w, v)), x, weight)
-
-

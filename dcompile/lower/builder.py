@@ -224,9 +224,7 @@ class Lowering:
             inner = tuple(i.xreplace(through) for i in found[0].index)
             self.store(base, shape, inner, expr, bind, mode)
             return self.current(target)
-        out = Value(
-            name or self.fresh(f"{target.name}_new"), target.dtype, target.shape, target.stride, target.device
-        )
+        out = Value(name or self.fresh(f"{target.name}_new"), target.dtype, target.shape, target.stride, target.device)
         self.emit(
             Store(
                 out=out,

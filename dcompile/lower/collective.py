@@ -138,5 +138,3 @@ def all_to_all(b: Lowering, x: Value, output_splits: Any, input_splits: Any, gro
             )
     group = group_of(b, group_name, len(output_splits) or None)
     return launch(b, Kind.ALL_TO_ALL, group, (x,))  # type: ignore[no-any-return]
-
-

@@ -36,7 +36,21 @@ _ATTENTION = frozenset(
 )
 _CONVOLUTION = frozenset({"convolution", "convolution_backward", "cudnn_convolution", "mkldnn_convolution"})
 _MATMUL = frozenset(
-    {"mm", "addmm", "bmm", "baddbmm", "addbmm", "mv", "addmv", "dot", "vdot", "addr", "_int_mm", "_scaled_mm", "_addmm_activation"}
+    {
+        "mm",
+        "addmm",
+        "bmm",
+        "baddbmm",
+        "addbmm",
+        "mv",
+        "addmv",
+        "dot",
+        "vdot",
+        "addr",
+        "_int_mm",
+        "_scaled_mm",
+        "_addmm_activation",
+    }
 )
 _ORDER = frozenset({"sort", "topk", "kthvalue", "median", "nanmedian", "mode", "searchsorted", "bucketize", "argsort"})
 _SCAN = frozenset({"cumsum", "cumprod", "cummax", "cummin", "logcumsumexp"})
@@ -120,9 +134,7 @@ def call_library(lowering: Lowering, op: Any, args: tuple[Any, ...], kwargs: dic
         lowering.flights.settle(lowering.root(value))
     outs: list[Value | None] = list(lowering.outs)
     returned: list[Value | None] = list(outs)
-    versions = tuple(
-        Value(lowering.fresh(f"{w.name}_new"), w.dtype, w.shape, w.stride, w.device) for w in written
-    )
+    versions = tuple(Value(lowering.fresh(f"{w.name}_new"), w.dtype, w.shape, w.stride, w.device) for w in written)
     aliases: list[str | None] = [None] * len(outs)
     for position, info in enumerate(schema.returns[: len(outs)]):
         source = sharing.get(_alias_set(info))

@@ -94,9 +94,9 @@ def pow_of_scalar(b: Lowering, base: Any, exponent: Any) -> tuple[Value, ...]:
 
 
 _UNARY = (
-    "abs neg sqrt rsqrt reciprocal exp expm1 log log2 log10 log1p sin cos tan tanh sigmoid erf erfc floor ceil round "
-    "trunc sign"
-).split()
+    "abs", "neg", "sqrt", "rsqrt", "reciprocal", "exp", "expm1", "log", "log2", "log10", "log1p", "sin", "cos",
+    "tan", "tanh", "sigmoid", "erf", "erfc", "floor", "ceil", "round", "trunc", "sign",
+)  # fmt: skip
 
 
 @rule(*(f"_foreach_{name}" for name in _UNARY))

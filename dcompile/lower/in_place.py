@@ -1,17 +1,18 @@
 """Two rewrites that let all-reduces and broadcasts work in the memory of their sources.
 
-``recover_in_place`` undoes what functionalisation did to ``dist.all_reduce(x)``: a launch out of place, a wait and a copy
-back into ``x`` become one launch in place. ``donate_sources`` lets a launch work in a temporary that dies there.
+``recover_in_place`` undoes what functionalisation did to ``dist.all_reduce(x)``: a launch out of place, a wait and a
+copy back into ``x`` become one launch in place. ``donate_sources`` lets a launch work in a temporary that dies there.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from dcompile.analyse.alias import storage_roots
 from dcompile.collectives.nodes import Kind, Start, Wait
 from dcompile.ir import expr as ex
-from dcompile.ir.graph import Graph, Output
+from dcompile.ir.graph import Graph
 from dcompile.ir.nodes import Extern, Node, Pack, Pointwise, Reduction, Ref, Store
 from dcompile.ir.types import Value
 
@@ -38,7 +39,9 @@ def _flights(graph: Graph) -> list[_Flight]:
             continue
         sources = [graph.value(name) for name in node.sources]
         results = node.pending.results
-        alike = all((s.dtype, s.shape, s.stride) == (r.dtype, r.shape, r.stride) for s, r in zip(sources, results, strict=True))
+        alike = all(
+            (s.dtype, s.shape, s.stride) == (r.dtype, r.shape, r.stride) for s, r in zip(sources, results, strict=True)
+        )
         if alike and len(set(node.sources)) == len(node.sources):
             found.append(_Flight(node, at, waits[node.pending.name], results))
     return found
@@ -130,10 +133,12 @@ def _rewritten(graph: Graph, changed: dict[int, Node], dropped: set[int], rename
         for at, node in enumerate(graph.nodes)
         if at not in dropped
     )
-    outputs: list[Output] = [
-        Ref(renamed.get(out.name, out.name)) if isinstance(out, Ref) else out for out in graph.outputs
-    ]
-    return replace(graph, nodes=nodes, outputs=tuple(outputs)).check()
+
+    def newest(out: Any) -> Any:
+        return Ref(renamed.get(out.name, out.name)) if isinstance(out, Ref) else out
+
+    outputs = tuple(newest(out) for out in graph.outputs)
+    return replace(graph, nodes=nodes, outputs=outputs).check()
 
 
 # donation ------------------------------------------------------------------------------------------------------------

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import sympy
 
 from dcompile.ir.expr import Expr, bound, const, index, load, masked, op, to

@@ -138,7 +138,7 @@ def _channel_shape(x: Value) -> tuple[Size, ...]:
 def _batch_norm_apply(
     b: Lowering, x: Value, weight: Value | None, bias: Value | None, mean: Value, rstd: Value
 ) -> Value:
-    """``(x - mean) * rstd * weight + bias`` into the first output; statistics are per-channel vectors or kept at size 1."""
+    """``(x - mean) * rstd * weight + bias`` into the first output; statistics are vectors or kept at size 1."""
     out, dtype, rank = b.out_at(0), x.dtype.compute, len(x.shape)
 
     def channel(p: Value) -> Expr:
@@ -248,5 +248,3 @@ def batch_norm_backward(
     if wanted[2] and b.outs[2] is not None:
         grads[2] = fold(b, b.out_at(2), "sum", grad, dims, dtype)
     return grads[0], grads[1], grads[2]
-
-

@@ -38,9 +38,9 @@ def literal(like: Expr, value: float) -> Expr:
 # unary ---------------------------------------------------------------------------------------------------------------
 
 _FLOAT_UNARY = (
-    "exp exp2 expm1 log log2 log10 log1p sqrt rsqrt reciprocal sin cos tan asin acos atan sinh cosh tanh asinh acosh "
-    "atanh erf erfc lgamma sigmoid"
-).split()
+    "exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "sqrt", "rsqrt", "reciprocal", "sin", "cos", "tan",
+    "asin", "acos", "atan", "sinh", "cosh", "tanh", "asinh", "acosh", "atanh", "erf", "erfc", "lgamma", "sigmoid",
+)  # fmt: skip
 _ANY_UNARY = ("neg", "abs", "sign")
 _ROUNDING = ("floor", "ceil", "trunc", "round")
 
@@ -387,6 +387,3 @@ def xlogy(b: Lowering, x: Any, y: Any) -> Value:
         return op("where", op("isnan", w), w, guarded)
 
     return elementwise(b, formula, x, y)
-
-
-__all__ = ["addcdiv", "addcmul", "clamp", "compare", "elementwise", "interpolate", "lerp", "literal", "power", "quotient"]

@@ -1,5 +1,5 @@
 """Random numbers from a counter: element ``n`` of the tensor drawn with seed ``s`` is ``rand(s, n)``, so that it can be
-computed anywhere, any number of times. Seeds come from torch's generator, one a random op, drawn at the program's start."""
+computed anywhere, any number of times. Seeds come from torch's generator, one a random op, drawn at the start."""
 
 from __future__ import annotations
 

@@ -150,6 +150,7 @@ def variance_of(
     squares = b.temp("squares", dtype, out.shape, out.device)
     b.reduction(squares, "sum", raxes, op("mul", apart, apart))
     count = extent(x, dims)
+    freedom: Expr
     if isinstance(count, int):
         freedom = const(max(float(count) - correction, 0.0), dtype)
     else:
@@ -202,7 +203,9 @@ def _power(v: Expr, order: float) -> Expr:
 
 
 @rule("linalg_vector_norm")
-def vector_norm(b: Lowering, x: Value, order: Any = 2, dim: Any = None, keepdim: bool = False, dtype: Any = None) -> Value:
+def vector_norm(
+    b: Lowering, x: Value, order: Any = 2, dim: Any = None, keepdim: bool = False, dtype: Any = None
+) -> Value:
     out, dims = b.out, reduced_dims(dim, len(x.shape))
     inner = out.dtype.compute
     temp = b.temp("folded", inner, out.shape, out.device)

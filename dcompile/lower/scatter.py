@@ -212,5 +212,3 @@ def constant_pad(b: Lowering, x: Value, pad: Any, value: Any = 0) -> Value:
     if any(n == 0 for n in x.shape):
         return b.pointwise(out, filler)
     return b.pointwise(out, masked(_conjunction(conditions), load(x.name, tuple(where), x.dtype), filler))
-
-

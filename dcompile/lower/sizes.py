@@ -54,8 +54,9 @@ class Sizes:
         ours = symbol(free.name)
         if ours in self.hints:
             return
-        # the table was renamed in torch 2.10; both names are read so that every supported version works
-        table = getattr(shape_env, "backed_var_to_val", None) or getattr(shape_env, "var_to_val", {})
+        # older versions of torch call the table of seen values var_to_val
+        name = "backed_var_to_val" if hasattr(shape_env, "backed_var_to_val") else "var_to_val"
+        table = getattr(shape_env, name)
         if free not in table:
             raise Unsupported(
                 self.origin,

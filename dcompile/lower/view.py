@@ -238,7 +238,7 @@ def unfold(b: Lowering, x: Value, dim: Any, size: Any, step: Any) -> Value:
 @rule("as_strided", any_dtype=True)
 def as_strided(b: Lowering, x: Value, size: Any, stride: Any, storage_offset: Any = None) -> Value:
     """Strides over a dense row-major base; anything else is a library call."""
-    source = b.node.args[0]
+    source: Any = b.node.args[0]
     meta = source.meta["val"] if hasattr(source, "meta") else None
     held = b.sizes.size(meta.storage_offset()) if meta is not None else 0
     offset = 0 if storage_offset is None else storage_offset - held

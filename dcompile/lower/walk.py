@@ -32,8 +32,12 @@ _DROPPED = frozenset(
     }
 )
 """Checks of facts that the tracer's guards hold already."""
-_VIEW_OPS = frozenset({"view", "_unsafe_view", "reshape", "permute", "t", "transpose", "expand", "unsqueeze", "squeeze",
-                       "slice", "select", "split", "split_with_sizes", "unbind", "alias", "detach", "as_strided"})  # fmt: skip
+_VIEW_OPS = frozenset(
+    {
+        "view", "_unsafe_view", "reshape", "permute", "t", "transpose", "expand", "unsqueeze", "squeeze", "slice",
+        "select", "split", "split_with_sizes", "unbind", "alias", "detach", "as_strided",
+    }
+)  # fmt: skip
 """Views that may be taken of a collective's result before its wait."""
 
 
@@ -82,7 +86,7 @@ def lower(
     """Lower a traced program.
 
     Args:
-        gm: ATen ops, decomposed and functional; every node has ``meta["val"]`` and may have ``meta["dcompile_source"]``.
+        gm: ATen ops, decomposed and functional; nodes have ``meta["val"]`` and may have ``meta["dcompile_source"]``.
         name: name of the graph.
         eager_ops: ops that stay library calls, as ``"aten.exp.default"`` or ``"exp"``.
         group_size: number of ranks of a process group; asked only where the op itself does not tell.
@@ -255,8 +259,8 @@ class _Walker:
     def call(self, node: fx.Node) -> Any:
         target = node.target
         if target is operator.getitem:
-            holder, position = node.args
-            assert isinstance(holder, fx.Node)
+            holder: Any = node.args[0]
+            position: Any = node.args[1]
             found = self.env[holder]
             return found[position] if isinstance(found, tuple) else self.resolve(holder)[position]
         meta = node.meta.get("val")

@@ -209,9 +209,8 @@ class Evaluator:
     def _inside(self, name: str, position: Tensor, size: int, mask: Tensor | None) -> Tensor:
         wrong = (position < 0) | (position >= size)
         used = wrong if mask is None else wrong & mask
-        used = used.expand(torch.broadcast_shapes(used.shape, self.frame.grid))
-        if bool(used.any()):
-            worst = int(position.expand(used.shape)[used][0])
+        if bool((used & torch.ones(self.frame.grid, dtype=torch.bool)).any()):  # an empty grid touches nothing
+            worst = int((position + torch.zeros_like(used, dtype=torch.int64))[used].flatten()[0])
             raise CompilerBug(f"{name} is touched at {worst}, outside 0..{size - 1}")
         return torch.where(wrong, 0, position)
 

@@ -204,12 +204,12 @@ def _returned(node: Extern, value: Value, alias: str | None, result: Any, memory
     if not isinstance(result, Tensor) or tuple(result.shape) != shape or result.dtype is not value.dtype.torch:
         got = f"{result.dtype}{list(result.shape)}" if isinstance(result, Tensor) else repr(result)
         raise CompilerBug(f"{node.op} returned {got} for {value.name}, declared {value.dtype.value}{list(shape)}")
-    result = result.detach()
+    found: Tensor = result.detach()
     if alias is not None:
-        return result
-    if result.numel() and any(_storage(result) == _storage(memory[name]) for name in node.operands):
+        return found
+    if found.numel() and any(_storage(found) == _storage(memory[name]) for name in node.operands):
         raise CompilerBug(f"{node.op} returned memory of an operand for {value.name}, which states no alias")
-    return result if result.stride() == stride else torch.empty_strided(shape, stride, dtype=result.dtype).copy_(result)
+    return found if found.stride() == stride else torch.empty_strided(shape, stride, dtype=found.dtype).copy_(found)
 
 
 def _storage(tensor: Tensor) -> int:

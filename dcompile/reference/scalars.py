@@ -33,8 +33,8 @@ def philox(seed: Tensor, offset: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor
     Args:
         seed, offset: i64, broadcast against each other; key and low half of the counter.
     """
-    seed, offset = torch.broadcast_tensors(seed, offset)
-    zero = torch.zeros_like(offset)
+    zero = torch.zeros_like(seed + offset)
+    seed, offset = seed + zero, offset + zero
     return _philox_rounds((offset & _WORD, (offset >> 32) & _WORD, zero, zero), (seed & _WORD, (seed >> 32) & _WORD))
 
 
@@ -97,7 +97,7 @@ def _wrap_index(position: Tensor, size: Tensor) -> Tensor:
 
 
 def _worst(position: Tensor, size: Tensor) -> str:
-    position, size = torch.broadcast_tensors(position, size)
+    position, size = position + torch.zeros_like(size), size + torch.zeros_like(position)
     wrong = (position < -size) | (position >= size)
     return f"{int(position[wrong][0])} for size {int(size[wrong][0])}"
 

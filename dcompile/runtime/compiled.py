@@ -57,7 +57,9 @@ class Facts:
     def from_json(text: str) -> Facts:
         found = json.loads(text)
         functions = {name: Arity(*arity) for name, arity in found["functions"].items()}
-        return Facts(functions, tuple(found["lines"]), *found["steps"], Counter(found["fallbacks"]))
+        launches, library_calls, collectives = found["steps"]
+        fallbacks = Counter(found["fallbacks"])
+        return Facts(functions, tuple(found["lines"]), launches, library_calls, collectives, fallbacks)
 
     @property
     def fingerprint(self) -> str:

@@ -27,7 +27,7 @@ from dcompile.ir.graph import Graph, hint
 from dcompile.ir.index import product
 from dcompile.ir.nodes import Node, Pointwise, Reduction, Store, View
 from dcompile.schedule.emit import Group, Member, emit_kernel
-from dcompile.schedule.loops import Domain, Form, coefficient, form_of, place
+from dcompile.schedule.loops import Domain, Form, coefficient, form_of, place, single_element
 
 MAX_BUFFERS = 32
 """Most buffers one kernel touches: each needs an address register or a reload in every iteration, and hardware
@@ -136,7 +136,7 @@ class _Grouping:
         self.readers: dict[str, list[int]] = {}
 
     def add(self, position: int) -> None:
-        node = self.graph.nodes[position]
+        node = single_element(self.graph.nodes[position])
         direct = {self.unit_of[p] for p in self.before[position]}
         if isinstance(node, Pointwise | Reduction | Store):
             form = form_of(self.graph, node)
@@ -188,17 +188,21 @@ class _Grouping:
         assert unit.group is not None
         bit = 1 << number
         if any(other != number and self.units[other].ancestors & bit for other in direct):
-            return self._refuse(form, unit, "another node stands between them")
+            self._refuse(form, unit, "another node stands between them")
+            return None
         if len(unit.touches | self._touches(position)) > MAX_BUFFERS:
-            return self._refuse(form, unit, f"more than {MAX_BUFFERS} buffers")
+            self._refuse(form, unit, f"more than {MAX_BUFFERS} buffers")
+            return None
         group, node = unit.group, form.node
         column = group.column
         if isinstance(node, Reduction):
             column = is_column(form)
             if group.domain.inner and column != group.column:
-                return self._refuse(form, unit, "one reduces along rows, the other along columns")
+                self._refuse(form, unit, "one reduces along rows, the other along columns")
+                return None
         elif self._device(node) != self._device(group.members[0].placed.form.node):
-            return self._refuse(form, unit, "different devices")
+            self._refuse(form, unit, "different devices")
+            return None
         for domain in self._domains(group, form):
             members = [make_member(m.placed.form, m.position, domain, column) for m in group.members]
             new = make_member(form, position, domain, column)
@@ -207,7 +211,8 @@ class _Grouping:
             placed = tuple(m for m in members if m is not None)
             if self._consistent(placed, new):
                 return Group(domain, column, (*placed, new))
-        return self._refuse(form, unit, "their iterations do not line up")
+        self._refuse(form, unit, "their iterations do not line up")
+        return None
 
     def _absorb(self, number: int, other: int) -> None:
         """Unite two groups that a common member has brought together, if every rule of joining holds for all members."""
@@ -300,7 +305,7 @@ class _Grouping:
             if writer.placed.bind or writer.placed.form.node.mode != "set":
                 return False
             root = self.roots[writer.name]
-            if isinstance(other.placed.form.node, Store) and self.roots[other.name] == root:
+            if self.roots[other.name] == root:
                 return False
             for load in other.loads():
                 if self.roots[load.buffer] == root and (

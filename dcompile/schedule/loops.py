@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import sympy
 
 from dcompile.ir import expr as ex
 from dcompile.ir.graph import Graph
 from dcompile.ir.index import FloorDiv, Mod, flatten_index, product, simplify, symbol, unflatten
-from dcompile.ir.nodes import Axis, Pointwise, Reduction, Store
+from dcompile.ir.nodes import Axis, Node, Pointwise, Reduction, Store
 from dcompile.ir.types import Size
 from dcompile.schedule.inline import tidy
 
-Loop = Pointwise | Reduction | Store
+Loop: TypeAlias = Pointwise | Reduction | Store
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,16 @@ def form_of(graph: Graph, node: Loop) -> Form:
     form = Form(node, axes, _real(raxes), expr, address, bind)
     form = _drop_ones(form, ranges)
     return _merge(_merge(form, "axes"), "raxes")
+
+
+def single_element(node: Node) -> Node:
+    """A reduction over extents that are all 1 as the pointwise loop it is."""
+    if not isinstance(node, Reduction) or any(size != 1 for _, size in node.raxes):
+        return node
+    zero = {var: sympy.Integer(0) for var, _ in node.raxes}
+    position = node.kind in ("argmax", "argmin")
+    body = ex.const(0, node.out.dtype) if position else ex.to(ex.substitute(node.expr, zero), node.out.dtype)
+    return Pointwise(out=node.out, axes=node.axes, expr=body, origin=node.origin)
 
 
 def flatten_loads(graph: Graph, root: ex.Expr, ranges: dict[sympy.Symbol, Size]) -> ex.Expr:
@@ -112,7 +123,7 @@ def addresses(form: Form) -> list[sympy.Expr]:
 
 def _merge(form: Form, which: str) -> Form:
     """Merge neighbouring axes that every address steps through as one."""
-    axes: list[Axis] = list(getattr(form, which))
+    axes = list(form.axes if which == "axes" else form.raxes)
     at = len(axes) - 2
     while at >= 0:
         (outer, outer_size), (inner, inner_size) = axes[at], axes[at + 1]
@@ -120,7 +131,7 @@ def _merge(form: Form, which: str) -> Form:
             form = _substitute(form, {outer: sympy.Integer(0)})
             axes[at : at + 2] = [(inner, product((outer_size, inner_size)))]
         at -= 1
-    return replace(form, **{which: tuple(axes)})
+    return replace(form, axes=tuple(axes)) if which == "axes" else replace(form, raxes=tuple(axes))
 
 
 def _steps_as_one(address: sympy.Expr, outer: sympy.Symbol, inner: sympy.Symbol, inner_size: Size) -> bool:

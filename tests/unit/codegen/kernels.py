@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -32,10 +33,16 @@ def kernel_graph(inputs: Sequence[Value | SizeInput], *kernels: Kernel) -> Graph
     return Graph("forward", tuple(inputs), kernels, outs).check()
 
 
+@lru_cache(maxsize=8)
+def library(source: str) -> Path:
+    """The compiled unit; a test that runs one graph several times compiles it once."""
+    path = Path(tempfile.mkdtemp(prefix="dcompile-test-")) / "kernels.so"
+    compile_shared(source, path)
+    return path
+
+
 def build(module: CppModule) -> dict[str, Callable[..., int]]:
-    folder = Path(tempfile.mkdtemp(prefix="dcompile-test-"))
-    compile_shared(module.source, folder / "kernels.so")
-    return load_functions(folder / "kernels.so", module.signatures)
+    return load_functions(library(module.source), module.signatures)
 
 
 def run(graph: Graph, inputs: Sequence[torch.Tensor | int], threads: int = 1) -> tuple[list[torch.Tensor], list[int]]:

@@ -18,11 +18,19 @@ from dcompile.reference import run_reference
 
 
 def trace(function: Callable[..., Any], *args: Any, symbolic: bool = False, decompose: bool = False) -> fx.GraphModule:
-    """The aten graph of ``function``; op by op as written unless ``decompose``."""
+    """The aten graph of ``function``; op by op as written, or functional and decomposed with ``decompose``."""
     table = core_aten_decompositions() if decompose else {}
     mode = "symbolic" if symbolic else "fake"
-    flat = lambda *given: pytree.tree_leaves(function(*given))  # noqa: E731
-    return make_fx(flat, tracing_mode=mode, decomposition_table=table)(*args)
+    leaves, spec = pytree.tree_flatten(args)
+    tensors = flat_tensors(args)
+
+    def flat(*given: Tensor) -> list[Any]:
+        fresh = iter(given)
+        filled = [next(fresh) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        return pytree.tree_leaves(function(*pytree.tree_unflatten(filled, spec)))
+
+    program = torch.func.functionalize(flat) if decompose else flat
+    return make_fx(program, tracing_mode=mode, decomposition_table=table)(*tensors)
 
 
 def flat_tensors(args: Any) -> list[Tensor]:

@@ -5,11 +5,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed._functional_collectives
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
-
-import torch.distributed._functional_collectives  # noqa: F401  (registers the ops and their fake versions)
 
 from dcompile.collectives.nodes import Kind, Start, Wait
 from dcompile.errors import Unsupported
@@ -84,7 +83,7 @@ def test_unknown_reduction_names_the_line() -> None:
     def make(call: Any, x: fx.Node) -> Any:
         return (call(c10d.wait_tensor.default, call(c10d.all_reduce.default, x, "premul_sum", "world")),)
 
-    with pytest.raises(Unsupported, match="train.py:41: a collective with reduction 'premul_sum'"):
+    with pytest.raises(Unsupported, match=r"train\.py:41: a collective with reduction 'premul_sum'"):
         lowered(make, (3,))
 
 
@@ -172,7 +171,7 @@ def test_a_read_before_the_wait_names_the_line() -> None:
         reduced = call(c10d.all_reduce.default, x, "sum", "world")
         return (call(aten.exp.default, reduced),)
 
-    with pytest.raises(Unsupported, match="train.py:41: a read of a collective's result before its wait"):
+    with pytest.raises(Unsupported, match=r"train\.py:41: a read of a collective's result before its wait"):
         lowered(make, (3,))
 
 

@@ -12,16 +12,20 @@ def lists(seed: int = 0) -> list[torch.Tensor]:
 X, Y, Z = lists(), lists(1), lists(2)
 
 CALLS = {
-    "add": lambda x, y, z: [*torch._foreach_add(x, y, alpha=2), *torch._foreach_add(x, 1.5), *torch._foreach_add(x, [1, 2, 3])],
+    "add": lambda x, y, z: [*torch._foreach_add(x, y, alpha=2), *torch._foreach_add(x, 1.5)],
     "sub": lambda x, y, z: [*torch._foreach_sub(x, y, alpha=0.5), *torch._foreach_sub(x, 2)],
     "mul": lambda x, y, z: [*torch._foreach_mul(x, y), *torch._foreach_mul(x, 2.5), *torch._foreach_mul(x, z[0][0, 0])],
-    "div": lambda x, y, z: [*torch._foreach_div(x, y), *torch._foreach_div(x, 3.0), *torch._foreach_div(x, [2.0, 3.0, 4.0])],
+    "div": lambda x, y, z: [*torch._foreach_div(x, y), *torch._foreach_div(x, [2.0, 3.0, 4.0])],
     "bounds": lambda x, y, z: [
         *torch._foreach_maximum(x, y), *torch._foreach_minimum(x, 1.0), *torch._foreach_clamp_min(x, 1.0),
         *torch._foreach_clamp_max(x, y),
     ],
-    "addcmul": lambda x, y, z: [*torch._foreach_addcmul(x, y, z, value=0.3), *torch._foreach_addcmul(x, y, z, [1.0, 2.0, 3.0])],
-    "addcdiv": lambda x, y, z: [*torch._foreach_addcdiv(x, y, z, value=-2.0), *torch._foreach_addcdiv(x, y, z, [1.0, 2.0, 3.0])],
+    "addcmul": lambda x, y, z: [
+        *torch._foreach_addcmul(x, y, z, value=0.3), *torch._foreach_addcmul(x, y, z, [1.0, 2.0, 3.0]),
+    ],
+    "addcdiv": lambda x, y, z: [
+        *torch._foreach_addcdiv(x, y, z, value=-2.0), *torch._foreach_addcdiv(x, y, z, [1.0, 2.0, 3.0]),
+    ],
     "lerp": lambda x, y, z: [*torch._foreach_lerp(x, y, 0.1), *torch._foreach_lerp(x, y, z)],
     "pow": lambda x, y, z: [*torch._foreach_pow(x, 2), *torch._foreach_pow(x, y), *torch._foreach_pow(0.9, x)],
     "unary": lambda x, y, z: [

@@ -29,7 +29,11 @@ def test_batched_products(symbolic: bool) -> None:
 
 
 def test_convolution_and_attention_are_library_calls_on_purpose() -> None:
-    graph = check(lambda x, w, b: torch.nn.functional.conv2d(x, w, b, 2, 1), randn(2, 3, 8, 8), randn(4, 3, 3, 3), randn(4))
+    graph = check(
+        lambda x, w, b: torch.nn.functional.conv2d(x, w, b, 2, 1), randn(2, 3, 8, 8), randn(4, 3, 3, 3), randn(4)
+    )
     assert externs(graph) == ["aten.convolution.default"]
-    graph = check(torch.nn.functional.scaled_dot_product_attention, randn(2, 3, 4, 8), randn(2, 3, 4, 8), randn(2, 3, 4, 8))
+    graph = check(
+        torch.nn.functional.scaled_dot_product_attention, randn(2, 3, 4, 8), randn(2, 3, 4, 8), randn(2, 3, 4, 8)
+    )
     assert externs(graph) == ["aten._scaled_dot_product_flash_attention_for_cpu.default"]

@@ -44,7 +44,9 @@ def test_batch_norm_with_running_statistics(training: bool) -> None:
     mean, var = randn(3, seed=3), randn(3, seed=4).abs() + 0.5
 
     def function(*args: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        out, saved, rstd, running_mean, running_var = aten._native_batch_norm_legit_functional(*args, training, 0.1, 1e-5)
+        out, saved, rstd, running_mean, running_var = aten._native_batch_norm_legit_functional(
+            *args, training, 0.1, 1e-5
+        )
         return (out, saved, rstd, running_mean, running_var) if training else (out, running_mean, running_var)
 
     check(function, x, w, b, mean, var)

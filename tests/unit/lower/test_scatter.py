@@ -18,7 +18,9 @@ def places(n: int, *shape: int) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_embedding_gradient(padding: int, dtype: torch.dtype) -> None:
     check(
-        lambda g, i: aten.embedding_dense_backward(g, i, 6, padding, False), randn(3, 5, 4, dtype=dtype), places(6, 3, 5)
+        lambda g, i: aten.embedding_dense_backward(g, i, 6, padding, False),
+        randn(3, 5, 4, dtype=dtype),
+        places(6, 3, 5),
     )
 
 
@@ -67,7 +69,12 @@ def test_scatter_add_of_repeated_positions() -> None:
         ),
         x, i, v,
     )  # fmt: skip
-    check(lambda x, i, v: (x.index_add(0, i, v), x.index_add(-1, i, v.t())), randn(5, 5), places(5, 3), randn(3, 5, seed=1))
+    check(
+        lambda x, i, v: (x.index_add(0, i, v), x.index_add(-1, i, v.t())),
+        randn(5, 5),
+        places(5, 3),
+        randn(3, 5, seed=1),
+    )
 
 
 def test_index_copy() -> None:

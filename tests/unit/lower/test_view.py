@@ -109,7 +109,9 @@ def test_view(name: str) -> None:
     check(VIEWS[name], randn(2, 3, 4, 5) if name != "split" else randn(2, 6, 4, 5))
 
 
-@pytest.mark.parametrize("name", ["view_flat", "permute", "transpose", "slice", "select", "split", "unsqueeze", "chain"])
+@pytest.mark.parametrize(
+    "name", ["view_flat", "permute", "transpose", "slice", "select", "split", "unsqueeze", "chain"]
+)
 def test_view_with_symbolic_sizes(name: str) -> None:
     check(VIEWS[name], randn(2, 3, 4, 5) if name != "split" else randn(2, 6, 4, 5), symbolic=True)
 

@@ -4,7 +4,6 @@ import threading
 import time
 from collections.abc import Sequence
 
-import pytest
 import torch.distributed as dist
 
 from dcompile.errors import DeadlineExceeded, Divergence
@@ -13,7 +12,9 @@ from dcompile.runtime.agree import agree, next_key
 LINES = ["y = mm x w", "p = start all_reduce y", "g = wait p"]
 
 
-def agree_all(programs: Sequence[Sequence[str] | None], deadline_s: float = 20.0, key: str = "f/0") -> list[Exception | None]:
+def agree_all(
+    programs: Sequence[Sequence[str] | None], deadline_s: float = 20.0, key: str = "f/0"
+) -> list[Exception | None]:
     """What ``agree`` raised on each rank; a rank without a program does not come."""
     store = dist.HashStore()
     raised: list[Exception | None] = [None] * len(programs)
@@ -43,7 +44,8 @@ def test_every_rank_learns_who_differs_and_where() -> None:
     for rank, error in enumerate(raised):
         assert isinstance(error, Divergence)
         text = str(error)
-        assert "different programs for backward" in text and "line 2:" in text
+        assert "different programs for backward" in text
+        assert "line 2:" in text
         mine, theirs = (" (this rank)", "") if rank in (0, 2, 4) else ("", " (this rank)")
         assert f"ranks 0, 2, 4{mine}: p = start all_reduce y" in text
         assert f"ranks 1, 3{theirs}: p = start all_gather y" in text
@@ -61,7 +63,8 @@ def test_missing_ranks_are_named_in_time() -> None:
     assert time.monotonic() - started < 5
     for rank in (0, 2):
         assert isinstance(raised[rank], DeadlineExceeded)
-        assert "ranks 1, 3 did not come" in str(raised[rank]) and "0.5 s" in str(raised[rank])
+        assert "ranks 1, 3 did not come" in str(raised[rank])
+        assert "0.5 s" in str(raised[rank])
 
 
 def test_keys_count_for_each_group_and_graph() -> None:

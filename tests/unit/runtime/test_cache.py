@@ -34,7 +34,8 @@ def test_an_entry_is_built_once_and_then_loaded(folder: Path) -> None:
     first = Cache(folder).fetch(KEY, write("a", built))
     again = Cache(folder)
     assert again.fetch(KEY, write("b", built)) == first
-    assert (first / "host.py").read_text() == "a" and built == ["a"]
+    assert (first / "host.py").read_text() == "a"
+    assert built == ["a"]
     assert (again.counters.hits, again.counters.builds) == (1, 0)
 
 
@@ -62,8 +63,10 @@ def test_a_corrupt_entry_is_rebuilt_with_a_warning(folder: Path, damage: str) ->
     cache = Cache(folder)
     with pytest.warns(RuntimeWarning, match="corrupt"):
         assert cache.fetch(KEY, write("new")) == entry
-    assert host.read_text() == "new" and cache.counters.corrupt == 1
-    assert Cache(folder).fetch(KEY, write("unused")) == entry and host.read_text() == "new"
+    assert host.read_text() == "new"
+    assert cache.counters.corrupt == 1
+    assert Cache(folder).fetch(KEY, write("unused")) == entry
+    assert host.read_text() == "new"
 
 
 @pytest.mark.parametrize("part", ["entry", "file", "parent"])
@@ -73,7 +76,8 @@ def test_what_others_could_have_written_is_not_loaded(folder: Path, part: str) -
     cache = Cache(folder)
     with pytest.warns(RuntimeWarning, match="written by other users"):
         found = cache.fetch(KEY, write("new"))
-    assert (found / "host.py").read_text() == "new" and cache.counters.untrusted == 1
+    assert (found / "host.py").read_text() == "new"
+    assert cache.counters.untrusted == 1
 
 
 def test_a_link_inside_an_entry_is_not_followed(folder: Path, tmp_path: Path) -> None:
@@ -92,8 +96,10 @@ def test_an_open_cache_folder_means_a_private_one(folder: Path) -> None:
     cache = Cache(folder)
     with pytest.warns(RuntimeWarning, match="written by other users"):
         found = cache.fetch(KEY, write("a"))
-    assert folder not in found.parents and (found / "host.py").read_text() == "a"
-    assert found.stat().st_mode & 0o077 == 0 and cache.counters.private == 1
+    assert folder not in found.parents
+    assert (found / "host.py").read_text() == "a"
+    assert found.stat().st_mode & 0o077 == 0
+    assert cache.counters.private == 1
 
 
 def test_another_owner_is_not_trusted(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,7 +148,8 @@ def test_the_least_recently_used_entries_go(folder: Path) -> None:
     cache.fetch(keys[0], write("unused"))
     cache.fetch(keys[3], write("x" * 1200))
     there = [(folder / key[:2] / key).exists() for key in keys]
-    assert there == [True, False, True, True] and cache.counters.evictions == 1
+    assert there == [True, False, True, True]
+    assert cache.counters.evictions == 1
 
 
 def _rank(folder: Path, log: Path, die: bool) -> None:
@@ -155,7 +162,8 @@ def _rank(folder: Path, log: Path, die: bool) -> None:
         (into / "host.py").write_text("a")
 
     found = Cache(folder, deadline_s=60).fetch(KEY, build)
-    assert (found / "host.py").read_text() == "a" and folder in found.parents
+    assert (found / "host.py").read_text() == "a"
+    assert folder in found.parents
 
 
 def test_one_of_many_processes_builds(folder: Path, tmp_path: Path) -> None:
@@ -184,4 +192,5 @@ def test_a_lock_held_too_long_is_not_waited_for(folder: Path) -> None:
     cache = Cache(folder, deadline_s=0.1)
     with Cache(folder)._lock(folder, KEY, 1.0), pytest.warns(RuntimeWarning, match=r"more than 0\.1 s"):
         found = cache.fetch(KEY, write("b"))
-    assert folder not in found.parents and (found / "host.py").read_text() == "b"
+    assert folder not in found.parents
+    assert (found / "host.py").read_text() == "b"
