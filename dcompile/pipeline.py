@@ -39,6 +39,7 @@ from dcompile.runtime.toolchain import compiler_fingerprint, find_compiler
 from dcompile.schedule.bucket import bucket_collectives
 from dcompile.schedule.fuse import fuse
 from dcompile.schedule.inline import inline_pointwise
+from dcompile.schedule.in_place import donate_sources, recover_in_place
 from dcompile.schedule.layout import choose_layouts
 from dcompile.schedule.memory import plan_memory
 from dcompile.schedule.overlap import overlap, predict
@@ -83,8 +84,10 @@ class Pass:
 
 
 PASSES = (
+    Pass(recover_in_place, takes=Level.LOOPS, gives=Level.LOOPS, optional=True),
     Pass(simplify_graph, takes=Level.LOOPS, gives=Level.LOOPS),
     Pass(bucket_collectives, takes=Level.LOOPS, gives=Level.LOOPS, optional=True),
+    Pass(donate_sources, takes=Level.LOOPS, gives=Level.LOOPS, optional=True),
     Pass(choose_layouts, takes=Level.LOOPS, gives=Level.LOOPS, optional=True),
     Pass(inline_pointwise, takes=Level.LOOPS, gives=Level.LOOPS, optional=True),
     Pass(fuse, takes=Level.LOOPS, gives=Level.KERNELS),

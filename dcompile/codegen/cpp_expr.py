@@ -21,7 +21,7 @@ _INFIX = {
     "xor": "^",
 }
 _BOOL_INFIX = {"add": "|", "mul": "&", "maximum": "|", "minimum": "&", "sub": "^"}
-_EXACT = frozenset({"neg", "abs", "sign", "maximum", "minimum", "fmax", "fmin", "floor", "ceil", "trunc", "round", "where"})
+_EXACT = frozenset(("neg", "abs", "sign", "maximum", "minimum", "fmax", "fmin", "floor", "ceil", "trunc", "round"))
 """Ops whose result on a 16-bit float is itself one, so that no rounding follows."""
 
 REPORTING = frozenset({"wrap_index", "floordiv", "truncdiv", "mod", "fmod"})

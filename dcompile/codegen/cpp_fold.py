@@ -147,7 +147,7 @@ class Folding:
         return f"{self.name}_total{at} += {self.name}{at};"
 
     def merge(self, part: str, at: str) -> list[str]:
-        """Statements that take in the partial result ``part`` (arrays subscripted by ``at``), which is later in order."""
+        """Statements that take in the later partial result ``part``, whose arrays are subscripted by ``at``."""
         if self.blocked:
             return [f"{self.name}_total += {part}_total{at};"]
         if self.is_arg:

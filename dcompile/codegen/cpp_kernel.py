@@ -35,6 +35,10 @@ GRAIN = 32768
 """Loop iterations below which a nest stays on one thread: waking the OpenMP team costs about 5 us, the time one core
 needs for as many cheap elements. Eager PyTorch uses the same number."""
 
+PIECE = 4096
+"""Iterations of a simd loop that one thread takes at a time. The loop over pieces is the one that is spread: GCC 12 ran
+the combined form, ``parallel for simd``, six times slower (gelu of 4 M elements: 21 ms against 3.5 ms)."""
+
 CHUNKS = 64
 """Partial results of a fold spread over threads. Fixed, so that the result does not depend on the thread count."""
 
@@ -161,21 +165,31 @@ class Printer:
         return before
 
     def _simd_loop(self, axis: Axis, body: Sequence[Stmt], work: Size, threads: bool) -> None:
-        var, extent = axis
+        extent = axis[1]
         clause = self.team(work) if threads else None
+        if clause is None:
+            self._lanes(axis, body, "0", self.size(extent))
+            return
+        with self.out.scope(certain=at_least_one(extent)) as inner:
+            outer = self._spread((axis[0],), True)
+            begin = self.out.fresh("k")
+            self.out.line(f"const int64_t {begin}_end = dc::min_index({begin} + {PIECE}, {self.size(extent)});")
+            self._lanes(axis, body, begin, f"{begin}_end")
+            self.threaded, self.parallel = outer
+        self.out.line(f"#pragma omp parallel for schedule(static){clause}{error_clause(inner.lines)}")
+        self.out.block(f"for (int64_t {begin} = 0; {begin} < {self.size(extent)}; {begin} += {PIECE})", inner)
+
+    def _lanes(self, axis: Axis, body: Sequence[Stmt], begin: str, end: str) -> None:
+        """One simd loop, unless its lanes may add to one address: those go one after another."""
+        var, extent = axis
         with self.out.scope(certain=at_least_one(extent)) as inner:
             text = self.enter(var, extent)
-            outer = self._spread((var,), clause is not None)
             self.body(body)
-            self.threaded, self.parallel = outer
             conflict = any(conflicts(s, var, self.open_axes) for s in body if isinstance(s, Write))
             self.open_axes.pop()
-        words = [] if clause is None else ["parallel for"]
-        words += [] if conflict else ["simd"]
-        if words:
-            schedule = "" if clause is None else f" schedule(static){clause}"
-            self.out.line(f"#pragma omp {' '.join(words)}{schedule}{error_clause(inner.lines)}")
-        self.out.block(for_text(text, "0", self.size(extent)), inner)
+        if not conflict:
+            self.out.line(f"#pragma omp simd{error_clause(inner.lines)}")
+        self.out.block(for_text(text, begin, end), inner)
 
     # folds
 
@@ -214,8 +228,9 @@ class Printer:
             for part in parts:
                 for variable in part.variables:
                     self.out.line(f"{variable.type} {part.name}{variable.suffix} = {variable.start};")
-            begin, end = (f"{extent} / {CHUNKS} * {c} + dc::min_index({c}, {extent} % {CHUNKS})" for c in (chunk, f"({chunk} + 1)"))
-            self.out.line(f"const int64_t {chunk}_begin = {begin}, {chunk}_end = {end};")
+            for name, c in ((f"{chunk}_begin", chunk), (f"{chunk}_end", f"({chunk} + 1)")):
+                share = f"{extent} / {CHUNKS} * {c} + dc::min_index({c}, {extent} % {CHUNKS})"
+                self.out.line(f"const int64_t {name} = {share};")
             self._fold_range(stmt, parts, f"{chunk}_begin", f"{chunk}_end")
             for fold, part in zip(folds, parts, strict=True):
                 for variable in part.variables:

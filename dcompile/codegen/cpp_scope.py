@@ -1,4 +1,4 @@
-"""Where each scalar goes: one C++ constant per distinct expression, in the outermost loop in which its inputs are known."""
+"""Where each scalar goes: one C++ constant per distinct expression, in the outermost loop that knows its inputs."""
 
 from __future__ import annotations
 
@@ -280,7 +280,8 @@ class Emitter:
 
     def not_empty(self, bind: Sequence[ex.Expr]) -> str:
         """The condition under which positions that ``wrap_index`` gives exist at all; empty when they surely do."""
-        sizes = {node.args[1] for b in bind for node in ex.walk(b) if isinstance(node, ex.Op) and node.name == "wrap_index"}
+        parts = (node for b in bind for node in ex.walk(b))
+        sizes = {node.args[1] for node in parts if isinstance(node, ex.Op) and node.name == "wrap_index"}
         doubtful = [size for size in sizes if not (isinstance(size, ex.Const) and size.value > 0)]
         return " && ".join(sorted(f"{self.value(size)} > 0" for size in doubtful))
 

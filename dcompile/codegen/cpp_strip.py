@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
-
 
 from dcompile.codegen.cpp_fold import SERIAL_BLOCK, Folding
 from dcompile.codegen.cpp_loops import (
@@ -47,8 +47,8 @@ class StripPrinter:
         clause = printer.team(work) if threads else None
         count = printer.size(extent)
         self.first, self.lane = out.fresh("strip"), out.fresh("l")
-        self.lanes = str(min(STRIP, extent) if isinstance(extent, int) else STRIP)
-        whole = isinstance(extent, int) and extent % int(self.lanes or 1) == 0 if extent != 0 else True
+        self.lanes = str(max(min(STRIP, extent), 1) if isinstance(extent, int) else STRIP)
+        whole = isinstance(extent, int) and extent % int(self.lanes) == 0
         with out.scope(certain=at_least_one(extent)) as inner:
             outer = (printer.threaded, printer.parallel)
             if clause is not None:
@@ -65,8 +65,7 @@ class StripPrinter:
             printer.threaded, printer.parallel = outer
         if clause is not None:
             out.line(f"#pragma omp parallel for schedule(static){clause}{error_clause(inner.lines)}")
-        step = max(int(self.lanes), 1)
-        out.block(f"for (int64_t {self.first} = 0; {self.first} < {count}; {self.first} += {step})", inner)
+        out.block(f"for (int64_t {self.first} = 0; {self.first} < {count}; {self.first} += {self.lanes})", inner)
 
     def body(self, stmts: Sequence[Stmt]) -> None:
         """Statements of the strip; neighbouring lets and writes share one loop over lanes."""
@@ -158,7 +157,8 @@ class StripPrinter:
         level = block_level(stmt.axes, SERIAL_BLOCK) if any(fold.blocked for fold in folds) else None
         self._fold_axis(stmt, folds, 0, level, "0", self.printer.size(stmt.axes[0][1]) if stmt.axes else "1")
         at = f"[{self.lane}]"
-        finished = [(acc, fold) for acc, fold in zip(stmt.accumulators, folds, strict=True) if fold.result(at) != fold.name + at]
+        pairs = list(zip(stmt.accumulators, folds, strict=True))
+        finished = [(acc, fold) for acc, fold in pairs if fold.result(at) != fold.name + at]
         arrays = {acc.name: self._array(register_type(acc.dtype), self.out.fresh("v")) for acc, _ in finished}
 
         def finish() -> None:
@@ -166,7 +166,7 @@ class StripPrinter:
                 self.out.line(f"{arrays[acc.name]}{at} = {fold.result(at)};")
 
         self.lane_loop(finish)
-        for acc, fold in zip(stmt.accumulators, folds, strict=True):
+        for acc, fold in pairs:
             self.lane_locals[acc.name] = arrays.get(acc.name, fold.name) + at
 
     def _start(self, variables: Sequence[tuple[str, str, str]]) -> None:
@@ -226,7 +226,4 @@ class StripPrinter:
 
 
 def _mentions(line: str, name: str) -> bool:
-    return name in line.replace("[", " ").replace("]", " ").replace("(", " ").replace(")", " ").replace(";", " ").split()
-
-
-
+    return re.search(rf"\b{name}\b", line) is not None

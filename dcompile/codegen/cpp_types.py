@@ -125,7 +125,7 @@ def bounds(expr: sympy.Expr, extents: Mapping[sympy.Symbol, Size]) -> Bounds | N
     if isinstance(expr, FloorDiv) and known[1][0] > 0:
         return known[0][0] // (known[1][0] if known[0][0] < 0 else known[1][1]), known[0][1] // known[1][0]
     if isinstance(expr, Mod) and known[1][0] > 0:
-        inside = 0 <= known[0][0] and known[0][1] < known[1][0]
+        inside = known[0][0] >= 0 and known[0][1] < known[1][0]
         return known[0] if inside else (0, known[1][1] - 1)
     return None
 
@@ -169,7 +169,7 @@ def index_text(
         value, divisor = node.args
         sign = "/" if isinstance(node, FloorDiv) else "%"
         reach = bounds(value, extents)
-        if divisor.is_Integer and int(divisor) > 0 and reach and 0 <= reach[0] and reach[1] <= LARGEST_INT32:
+        if divisor.is_Integer and int(divisor) > 0 and reach and reach[0] >= 0 and reach[1] <= LARGEST_INT32:
             return f"(int64_t)((uint32_t)({visit(value, False)}) {sign} {int(divisor)}u)"
         positive = (reach is not None and reach[0] >= 0) or value.is_nonnegative
         if positive and divisor.is_nonnegative:

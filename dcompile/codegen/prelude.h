@@ -248,6 +248,12 @@ static inline float exp_tail(float r) {
 }
 static inline float exp_reduced(float n, float x) { return (x - n * 0.693359375f) + n * 2.12194440e-4f; }
 
+// exp for -87 <= x <= 87, where one scaling does.
+static inline float exp_normal(float x) {
+  const float z = x * 1.44269504f + ROUND_BY_ADDING;
+  const float r = exp_reduced(z - ROUND_BY_ADDING, x);
+  return (1.0f + (r + r * r * exp_tail(r))) * pow2((int32_t)(bits(z) - bits(ROUND_BY_ADDING)));
+}
 static inline float exp_(float x) {
   x = x > 89.0f ? 89.0f : x;    // overflows to infinity
   x = x < -104.0f ? -104.0f : x;  // below half the smallest subnormal
@@ -370,8 +376,7 @@ static inline float erf_(float x) {
   q = q * a - 0.633216395f;
   q = q * a - 1.12958031f;
   q = q * a + 0.000188467784f;
-  const float y = abs_(x) < 1.0f ? x + x * p : with_sign(1.0f - exp_(q), x);
-  return x != x ? x : y;
+  return abs_(x) >= 1.0f ? with_sign(1.0f - exp_normal(q), x) : x + x * p;
 }
 // 2^e in double precision for |e| <= 300: Taylor series of 2^f, |f| <= 1/2, to 2^-38.
 static inline double exp2_wide(double e) {

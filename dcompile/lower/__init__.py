@@ -19,7 +19,6 @@ from dcompile.lower import (
     view,
 )
 from dcompile.lower.fallback import LIBRARY_OPS
-from dcompile.lower.in_place import donate_sources, recover_in_place
 from dcompile.lower.table import RULES
 from dcompile.lower.walk import Extra, Lowered, SizeOf, lower
 
@@ -48,7 +47,5 @@ __all__ = [
     "Extra",
     "Lowered",
     "SizeOf",
-    "donate_sources",
     "lower",
-    "recover_in_place",
 ]

@@ -266,6 +266,8 @@ class _Walker:
         meta = node.meta.get("val")
         if isinstance(meta, torch.SymInt | int | float | bool) and not isinstance(meta, torch.Tensor):
             return self.lowering.sizes.size(meta) if isinstance(meta, torch.SymInt) else meta
+        if isinstance(meta, list | tuple) and meta and all(isinstance(item, int | torch.SymInt) for item in meta):
+            return self.lowering.sizes.sizes(meta)
         if not isinstance(target, torch._ops.OpOverload):
             raise Unsupported(
                 self.lowering.origin,

@@ -210,6 +210,8 @@ def _why_copied(planner: _Planner, position: int, pack: Pack, part: str, nbytes:
         return f"cannot live in {host.home.value} memory on {host.device}"
     if block.last != position:
         return "is used after the pack" if block.last > position else "is packed before"
+    if any(other != part and planner.roots[other] == root for other in pack.parts):
+        return "shares its memory with another part"
     if planner.within[part] != 0 or not _equal(block.nbytes, nbytes):
         return "is not the whole of its storage"
     if not _is_row_major(planner, part):

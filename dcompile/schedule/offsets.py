@@ -2,15 +2,16 @@
 
 Two buffers may share bytes when their lifetimes do not meet. Finding the smallest block is NP-hard (dynamic storage
 allocation); the heuristics here are the greedy ones of Pisarchyk and Lee, "Efficient Memory Management for Deep Neural
-Net Inference" (2020): take the buffers in a fixed order and put each one into the smallest gap between those buffers,
-already placed, that live at the same time. Three orders are tried and the smallest result is kept.
+Net Inference" (2020): take the buffers in a fixed order and put each one into a gap between those buffers, already
+placed, that live at the same time. Three orders with three choices of the gap are tried and the smallest result is kept.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from enum import Enum
+from itertools import accumulate, product
 
 from dcompile.plan import ALIGNMENT
 
@@ -58,6 +59,15 @@ def max_live_bytes(requests: Sequence[Request]) -> int:
     return max(accumulate(change[position] for position in sorted(change)), default=0)
 
 
+class Fit(Enum):
+    """Which of the gaps that are large enough a buffer takes."""
+
+    TIGHTEST = "tightest"
+    LOWEST = "lowest"
+    ENDS = "both ends"
+    """The bottom of the lowest and the top of the highest in turn: best for chains, where neighbours live together."""
+
+
 _ORDERS: tuple[Callable[[Request], tuple[int, ...]], ...] = (
     lambda r: (-r.nbytes, r.first),
     lambda r: (r.first, -r.nbytes),
@@ -73,8 +83,8 @@ def assign_offsets(requests: Sequence[Request]) -> Assignment:
     solid = [request for request in requests if request.nbytes > 0]
     best: dict[str, int] = {}
     total: int | None = None
-    for key in _ORDERS:
-        offsets, end = _place(sorted(solid, key=key))
+    for key, fit in product(_ORDERS, Fit):
+        offsets, end = _place(sorted(solid, key=key), fit, live)
         if total is None or end < total:
             best, total = offsets, end
         if total == live:
@@ -82,8 +92,8 @@ def assign_offsets(requests: Sequence[Request]) -> Assignment:
     return Assignment(best | empty, total or 0, live)
 
 
-def _place(order: Sequence[Request]) -> tuple[dict[str, int], int]:
-    """Best fit in the given order; offsets and the end of the highest buffer."""
+def _place(order: Sequence[Request], fit: Fit, limit: int) -> tuple[dict[str, int], int]:
+    """Place in the given order, below ``limit`` while that is possible; offsets and the end of the highest buffer."""
     cells: dict[int, list[int]] = {}
     starts: list[int] = []
     ends: list[int] = []
@@ -96,7 +106,8 @@ def _place(order: Sequence[Request]) -> tuple[dict[str, int], int]:
             for n in near
             if order[n].first <= request.last and request.first <= order[n].last
         )
-        start = _smallest_gap(taken, aligned(request.nbytes))
+        gaps = _gaps(taken, aligned(request.nbytes), limit)
+        start = _choose(gaps, aligned(request.nbytes), fit, number)
         starts.append(start)
         ends.append(start + aligned(request.nbytes))
         total = max(total, ends[-1])
@@ -105,13 +116,22 @@ def _place(order: Sequence[Request]) -> tuple[dict[str, int], int]:
     return {request.name: start for request, start in zip(order, starts, strict=True)}, total
 
 
-def _smallest_gap(taken: Sequence[tuple[int, int]], nbytes: int) -> int:
-    """First byte of the tightest gap of at least ``nbytes`` between ranges sorted by start, else behind them all."""
-    best: int | None = None
-    width = 0
+def _gaps(taken: Sequence[tuple[int, int]], nbytes: int, limit: int) -> list[tuple[int, int]]:
+    """Begin and end of the gaps that hold ``nbytes`` between ranges sorted by start; the last one ends at ``limit``,
+    or holds just ``nbytes`` beyond it."""
+    gaps: list[tuple[int, int]] = []
     top = 0
     for start, end in taken:
-        if start - top >= nbytes and (best is None or start - top < width):
-            best, width = top, start - top
+        if start - top >= nbytes:
+            gaps.append((top, start))
         top = max(top, end)
-    return top if best is None else best
+    if limit - top >= nbytes:
+        gaps.append((top, limit))
+    return gaps or [(top, top + nbytes)]
+
+
+def _choose(gaps: Sequence[tuple[int, int]], nbytes: int, fit: Fit, number: int) -> int:
+    """First byte of the ``number``-th buffer."""
+    if fit is Fit.TIGHTEST:
+        return min(gaps, key=lambda gap: (gap[1] - gap[0], gap[0]))[0]
+    return gaps[-1][1] - nbytes if fit is Fit.ENDS and number % 2 else gaps[0][0]

@@ -7,6 +7,8 @@ communicator that poisons and watches every buffer in flight.
 from __future__ import annotations
 
 import random
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,9 @@ from hypothesis import strategies as st
 
 from dcompile.analyse.dependence import predecessors
 from dcompile.analyse.verify import verify
-from dcompile.codegen.cpp import print_cpp
+from dcompile.codegen.cpp import CppModule, print_cpp
 from dcompile.codegen.wrapper import print_host
 from dcompile.ir.graph import Graph
-from dcompile.ir.kernel import Kernel
 from dcompile.pipeline import PASSES, Level
 from dcompile.reference import run_reference
 from dcompile.runtime.program import Executable
@@ -56,14 +57,14 @@ def to_kernels(graph: Graph) -> Graph:
     return graph.check()
 
 
-def run_ranks(graph: Graph, functions: dict[str, Any], inputs: list[Any]) -> list[Any]:
+def run_ranks(graph: Graph, module: CppModule, functions: dict[str, Any], inputs: list[Any]) -> list[Any]:
     """The program on all ranks at once, each in a thread of its own with its own communicator."""
     plan = plan_memory(graph, context())
     verify(plan)
-    host = print_host(plan, print_cpp(graph), "program")
+    host = print_host(plan, module, "program")
     world = World(programs=GROUP.size)
     programs = [Executable(host, f"rank{r}", functions, world.comm(r)) for r in range(GROUP.size)]
-    return world.run([lambda r=r: programs[r](list(inputs[r])) for r in range(GROUP.size)])
+    return world.run([partial(programs[r], list(inputs[r])) for r in range(GROUP.size)])
 
 
 def check_schedules(graph: Graph, seed: int, folder: Path) -> None:
@@ -79,16 +80,11 @@ def check_schedules(graph: Graph, seed: int, folder: Path) -> None:
     expected = run_reference([graph] * GROUP.size, expected_inputs)
     for n in range(ORDERS):
         order = random_order(kernels, seed + n) if n else list(range(len(kernels.nodes)))
-        ordered, mine = reorder(kernels, order), copy_inputs(inputs)
-        assert_same(run_ranks(_renumbered(kernels, ordered), functions, mine), expected)
+        calls = {order.index(position): call for position, call in module.calls.items()}
+        mine = copy_inputs(inputs)
+        results = run_ranks(reorder(kernels, order), replace(module, calls=calls), functions, mine)
+        assert_same(results, expected)
         assert_same(mine, expected_inputs)
-
-
-def _renumbered(kernels: Graph, ordered: Graph) -> Graph:
-    """``ordered``; its printed functions must be those compiled for ``kernels``, in whatever order they stand."""
-    mine = {node.defs for node in kernels.nodes if isinstance(node, Kernel)}
-    assert mine == {node.defs for node in ordered.nodes if isinstance(node, Kernel)}
-    return ordered
 
 
 COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]}

@@ -17,7 +17,24 @@ from dcompile.ir.kernel import Accumulator, Fold, Kernel, Let, Nest, Scratch, Wr
 from dcompile.ir.types import DType, Value
 from dcompile.reference import run_reference
 from tests.unit.codegen.kernels import (
-    BF16, BOOL, F32, F64, I0, I1, I64, P, R0, R1, S, V, column_sum, kernel_graph, pointwise, run, softmax, value,
+    BF16,
+    BOOL,
+    F32,
+    F64,
+    I0,
+    I1,
+    I64,
+    R0,
+    R1,
+    P,
+    S,
+    V,
+    column_sum,
+    kernel_graph,
+    pointwise,
+    run,
+    softmax,
+    value,
 )  # fmt: skip
 
 GOLDEN = Path(__file__).parents[2] / "golden"

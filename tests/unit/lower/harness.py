@@ -20,6 +20,8 @@ from dcompile.reference import run_reference
 def trace(function: Callable[..., Any], *args: Any, symbolic: bool = False, decompose: bool = False) -> fx.GraphModule:
     """The aten graph of ``function``; op by op as written, or functional and decomposed with ``decompose``."""
     table = core_aten_decompositions() if decompose else {}
+    # torch's own decomposition of this forward does not give what the (undecomposed) backward kernel expects
+    table.pop(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default, None)
     mode = "symbolic" if symbolic else "fake"
     leaves, spec = pytree.tree_flatten(args)
     tensors = flat_tensors(args)

@@ -90,7 +90,9 @@ def test_training_step(block: type[nn.Module], symbolic: bool) -> None:
         step, {n: p.detach() for n, p in parameters.items()}, tokens(0), tokens(1),
         decompose=True, symbolic=symbolic, rtol=1e-4, atol=1e-5,
     )  # fmt: skip
-    called = {op.split(".")[1] for op in externs(graph)}
+    # decompositions allocate memory only to say a shape; nobody reads it
+    read = [node for node in graph.nodes if any(graph.users[d.name] for d in node.defs) or node.has_effect]
+    called = {op.split(".")[1] for op in externs(graph.with_nodes(tuple(read)))}
     assert called <= {"mm", "addmm", "bmm", "_scaled_dot_product_flash_attention_for_cpu",
                       "_scaled_dot_product_flash_attention_for_cpu_backward"}  # fmt: skip
 

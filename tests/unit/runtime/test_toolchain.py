@@ -54,14 +54,14 @@ def test_async_result_may_be_asked_twice(tmp_path: Path) -> None:
 
 
 def test_rejected_text_shows_command_and_output(tmp_path: Path) -> None:
-    with pytest.raises(ToolchainError, match="(?s)march=native.*no_such_type") as caught:
+    with pytest.raises(ToolchainError, match=r"(?s)march=native.*no_such_type") as caught:
         compile_shared("no_such_type x;", tmp_path / "x.so")
     assert "status 1" in str(caught.value)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_missing_compiler_says_how_to_install_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ToolchainError, match="no-such-compiler.*apt-get install g"):
+    with pytest.raises(ToolchainError, match=r"no-such-compiler.*apt-get install g"):
         find_compiler("no-such-compiler --fast")
     monkeypatch.setenv("PATH", "")
     with pytest.raises(ToolchainError, match="apt-get install g"):

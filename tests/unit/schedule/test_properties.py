@@ -61,13 +61,13 @@ def random_order(graph: Graph, seed: int) -> list[int]:
     return order
 
 
-@settings(max_examples=150)
+@settings(max_examples=60)
 @given(graph=graphs(max_nodes=14), bucket_bytes=st.sampled_from([None, 16, 64, 2**20]))
 def test_bucketing_keeps_the_numbers(graph: Graph, bucket_bytes: int | None) -> None:
     assert_same_results(graph, bucket_collectives(graph, context(bucket_bytes)))
 
 
-@settings(max_examples=150)
+@settings(max_examples=60)
 @given(
     graph=graphs(max_nodes=14),
     bucket_bytes=st.sampled_from([None, 64, 2**20]),
@@ -86,7 +86,7 @@ def test_all_passes_keep_the_numbers_and_give_a_safe_plan(
     assert times.lower_bound_us <= times.makespan_us * (1 + 1e-9) <= times.program_order_us * (1 + 2e-9)
 
 
-@settings(max_examples=60)
+@settings(max_examples=15)
 @given(graph=graphs(max_nodes=10, symbolic=True))
 def test_symbolic_sizes_pass_through_all_passes(graph: Graph) -> None:
     ctx = context(2**20)
@@ -95,7 +95,7 @@ def test_symbolic_sizes_pass_through_all_passes(graph: Graph) -> None:
     checked_plan(ordered, ctx)
 
 
-@settings(max_examples=100)
+@settings(max_examples=25)
 @given(graph=graphs(max_nodes=12), seed=st.integers(0, 2**16))
 def test_every_legal_order_keeps_the_numbers_and_has_a_safe_plan(graph: Graph, seed: int) -> None:
     kernels = fuse(graph, context())
@@ -104,7 +104,7 @@ def test_every_legal_order_keeps_the_numbers_and_has_a_safe_plan(graph: Graph, s
     checked_plan(shuffled, context())
 
 
-@settings(max_examples=40)
+@settings(max_examples=10)
 @given(graph=graphs(max_nodes=12), bucket_bytes=st.sampled_from([None, 2**20]))
 def test_scheduling_twice_gives_the_same_plan(graph: Graph, bucket_bytes: int | None) -> None:
     def run() -> Plan:
@@ -122,7 +122,7 @@ def swap(order: Sequence[int], a: int, b: int) -> list[int]:
     return swapped
 
 
-@settings(max_examples=40)
+@settings(max_examples=15)
 @given(graph=graphs(max_nodes=8))
 def test_an_order_that_breaks_a_dependence_is_refused(graph: Graph) -> None:
     found = [(max(before), at) for at, before in enumerate(predecessors(graph)) if before]

@@ -3,8 +3,9 @@ import torch
 
 from dcompile.collectives.text import parse_graph, print_graph
 from dcompile.ir.graph import Graph
-from dcompile.lower import donate_sources, recover_in_place
 from dcompile.reference import run_reference
+from dcompile.schedule.in_place import donate_sources, recover_in_place
+from tests.unit.schedule.passes import context
 
 COPIED_BACK = """\
 graph inference(x: f32[4], y: f32[4]) {
@@ -41,7 +42,7 @@ def same_numbers(before: Graph, after: Graph) -> None:
 
 def test_a_copy_back_becomes_a_launch_in_place() -> None:
     before = parse_graph(COPIED_BACK)
-    after = recover_in_place(before)
+    after = recover_in_place(before, context())
     assert print_graph(after) == IN_PLACE
     same_numbers(before, after)
 
@@ -64,7 +65,7 @@ def test_a_copy_back_becomes_a_launch_in_place() -> None:
 def test_what_can_be_told_apart_stays_out_of_place(old: str, new: str) -> None:
     assert COPIED_BACK.count(old) == 1
     before = parse_graph(COPIED_BACK.replace(old, new))
-    assert recover_in_place(before) is before
+    assert recover_in_place(before, context()) is before
 
 
 FRESH = """\
@@ -80,7 +81,7 @@ graph backward(x: f32[4], y: f32[4]) {
 
 def test_a_dying_temporary_is_worked_in() -> None:
     before = parse_graph(FRESH)
-    after = donate_sources(before)
+    after = donate_sources(before, context())
     assert print_graph(after) == FRESH.replace("p: pending (r", "p: pending in place (r")
     same_numbers(before, after)
 
@@ -101,4 +102,4 @@ def test_a_dying_temporary_is_worked_in() -> None:
 def test_a_source_that_is_needed_is_not_given_away(old: str, new: str) -> None:
     assert FRESH.count(old) == 1
     before = parse_graph(FRESH.replace(old, new))
-    assert donate_sources(before) is before
+    assert donate_sources(before, context()) is before

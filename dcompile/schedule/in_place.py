@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from dcompile.analyse.alias import storage_roots
+from dcompile.analyse.context import Context
 from dcompile.collectives.nodes import Kind, Start, Wait
 from dcompile.ir import expr as ex
 from dcompile.ir.graph import Graph
@@ -105,7 +106,7 @@ def _result_outlives_change(graph: Graph, result: Value, source: str, store: int
     return stale or (rewritten and (bool(others) or result.name in graph.output_names))
 
 
-def recover_in_place(graph: Graph) -> Graph:
+def recover_in_place(graph: Graph, ctx: Context) -> Graph:
     """Turn ``start x … wait; store x = result`` into a launch in place, where nothing can tell the difference."""
     roots, changed = storage_roots(graph), dict[int, Node]()
     touching, renamed, dropped = _touching(graph, roots), dict[str, str](), set[int]()
@@ -144,7 +145,7 @@ def _rewritten(graph: Graph, changed: dict[int, Node], dropped: set[int], rename
 # donation ------------------------------------------------------------------------------------------------------------
 
 
-def donate_sources(graph: Graph) -> Graph:
+def donate_sources(graph: Graph, ctx: Context) -> Graph:
     """Launch in place on sources that are the program's own temporaries and are not touched after the launch."""
     roots = storage_roots(graph)
     touching = _touching(graph, roots)
