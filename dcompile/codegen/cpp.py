@@ -90,7 +90,8 @@ def print_cpp(graph: Graph) -> CppModule:
 @lru_cache(maxsize=1)
 def prelude() -> str:
     """The helper functions every translation unit starts with."""
-    return files("dcompile.codegen").joinpath("prelude.h").read_text()
+    folder = files("dcompile.codegen")
+    return "".join(folder.joinpath(name).read_text() for name in ("prelude.h", "prelude_math.h"))
 
 
 def _function_name(number: int, origin: Origin) -> str:

@@ -88,8 +88,8 @@ def _makespan_us(graph: Graph, ctx: Context, prices: NodePrices) -> float:
     ground = footing(graph)
     order = range(len(graph.nodes))
     budget = int(PEAK_FACTOR * peak_bytes(ground, order))
-    priority = next(iter(POLICIES.values()))(tails(problem))
-    best = list_schedule(problem, priority, ground, ctx.options.in_flight_bytes, budget)
+    priority, patient = next(iter(POLICIES.values()))
+    best = list_schedule(problem, priority(tails(problem)), ground, ctx.options.in_flight_bytes, budget, patient)
     return min(simulate(problem, best).makespan, simulate(problem, order).makespan)
 
 

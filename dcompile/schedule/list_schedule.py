@@ -23,27 +23,35 @@ LOOK = 32
 random graphs in the tests and cost time on wide graphs."""
 
 HOLD = 2.0
-"""A launch that needs memory of its own and would queue behind its lane for longer than this many times the next node is
-held back: launching it now would not start its transfer sooner. Two rather than one because prices are estimates."""
+"""A launch that needs memory of its own and would queue for longer than this many times the next node is held
+back: launching it now would not start its transfer sooner. Two rather than one because prices are estimates."""
 
 
 def list_schedule(
-    problem: Problem, priority: Priority, ground: Footing, cap_bytes: int, budget_bytes: int
+    problem: Problem, priority: Priority, ground: Footing, cap_bytes: int, budget_bytes: int, patient: bool = False
 ) -> tuple[int, ...]:
     """A legal order: positions in program order, in order of execution. Deterministic.
 
     Args:
+        patient: when a transfer is about to end that a more urgent node waits for, run only what ends before it,
+            and stand still if nothing does. Better where collectives follow on each other, worse elsewhere.
         cap_bytes: most bytes of collectives in flight; a single collective may exceed it.
         budget_bytes: bytes alive, those in flight not counted, above which nodes that fit are preferred.
     """
-    return _Scheduler(problem, priority, ground, cap_bytes, budget_bytes).run()
+    return _Scheduler(problem, priority, ground, cap_bytes, budget_bytes, patient).run()
 
 
 class _Scheduler:
     def __init__(
-        self, problem: Problem, priority: Priority, ground: Footing, cap_bytes: int, budget_bytes: int
+        self,
+        problem: Problem,
+        priority: Priority,
+        ground: Footing,
+        cap_bytes: int,
+        budget_bytes: int,
+        patient: bool,
     ) -> None:
-        self.problem, self.priority = problem, priority
+        self.problem, self.priority, self.patient = problem, priority, patient
         self.cap_bytes, self.budget_bytes = cap_bytes, budget_bytes
         self.clock, self.live = Clock(problem), LiveBytes(ground)
         self.order: list[int] = []
@@ -136,21 +144,35 @@ class _Scheduler:
         return not self.flying or self.flying_bytes + self.problem.carried[start] <= self.cap_bytes
 
     def _compute(self) -> bool:
-        """Run the best ready node that fits the memory budget."""
+        """Run the best ready node that fits the memory budget (and, if patient, ends before something more urgent)."""
         if not self.ready:
             return False
         looked = [heapq.heappop(self.ready)]
-        room = self.budget_bytes - (self.live.now - self.flying_bytes)
-        if self.live.need(looked[0][1]) > room:
-            while self.ready and len(looked) < LOOK and self.live.need(looked[-1][1]) > room:
-                looked.append(heapq.heappop(self.ready))
-            if self.live.need(looked[-1][1]) > room:
-                looked.append(looked.pop(min(range(len(looked)), key=lambda n: self.live.change(looked[n][1]))))
-        chosen = looked.pop()
+        while not self._suits(looked[-1]) and self.ready and len(looked) < LOOK:
+            looked.append(heapq.heappop(self.ready))
+        chosen = looked[-1] if self._suits(looked[-1]) else self._least_bad(looked)
         for key in looked:
-            heapq.heappush(self.ready, key)
-        self._run(chosen[1])
-        return True
+            if key is not chosen:
+                heapq.heappush(self.ready, key)
+        if chosen is not None:
+            self._run(chosen[1])
+        return chosen is not None
+
+    def _suits(self, key: tuple[float, int]) -> bool:
+        room = self.budget_bytes - (self.live.now - self.flying_bytes)
+        return self.live.need(key[1]) <= room and not self._delays_urgent(key)
+
+    def _delays_urgent(self, key: tuple[float, int]) -> bool:
+        """Whether the node would still run when a transfer ends that a more urgent node waits for."""
+        if not (self.patient and self.future):
+            return False
+        ready_us, urgent = self.future[0]
+        return urgent[0] < key[0] and self.clock.now + self.problem.cost[key[1]] > ready_us
+
+    def _least_bad(self, looked: Sequence[tuple[float, int]]) -> tuple[float, int] | None:
+        """The node that frees most memory; None if all of them should wait for something more urgent."""
+        allowed = [key for key in looked if not self._delays_urgent(key)]
+        return min(allowed, key=lambda key: self.live.change(key[1]), default=None)
 
     def _stand_still(self) -> None:
         """Nothing can run now: let the compute lane wait for the transfer that lets something run first."""

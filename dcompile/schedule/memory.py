@@ -92,9 +92,7 @@ def plan_memory(graph: Graph, ctx: Context, prediction: Prediction | None = None
     offsets, arena_bytes = _arenas(planner)
     names = _storage_names(planner)
     storages = {
-        names[block.name]: Storage(
-            names[block.name], block.home, block.nbytes, block.device, offsets.get(block.name)
-        )
+        names[block.name]: Storage(names[block.name], block.home, block.nbytes, block.device, offsets.get(block.name))
         for block in planner.blocks.values()
         if block.host is None
     }

@@ -40,7 +40,7 @@ Bucket = tuple[Member, ...]
 
 
 def true_predecessors(graph: Graph) -> list[tuple[int, ...]]:
-    """Direct predecessors without the launch order within a group, which merging chooses anew (equally on all ranks)."""
+    """Direct predecessors without the launch order of a group, which merging chooses anew (on all ranks alike)."""
     nodes = graph.nodes
     return [
         tuple(sorted(p for p in before if not (isinstance(nodes[at], Start) and isinstance(nodes[p], Start))))
@@ -109,7 +109,7 @@ class _Units:
                     self.after[self.unit[other]].add(self.unit[position])
         self.key: dict[int, tuple[int, int]] = {unit: (unit, 0) for unit in self.needs}
         for bucket in buckets:
-            readers = [p for p in self.after[bucket[0].wait]]
+            readers = self.after[bucket[0].wait]
             self.key[bucket[0].start] = (max(member.available for member in bucket), 1)
             self.key[bucket[0].wait] = (min(readers, default=len(self.unit)), -1)
         self.left: set[int] = set()

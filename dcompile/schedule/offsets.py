@@ -3,7 +3,8 @@
 Two buffers may share bytes when their lifetimes do not meet. Finding the smallest block is NP-hard (dynamic storage
 allocation); the heuristics here are the greedy ones of Pisarchyk and Lee, "Efficient Memory Management for Deep Neural
 Net Inference" (2020): take the buffers in a fixed order and put each one into a gap between those buffers, already
-placed, that live at the same time. Three orders with three choices of the gap are tried and the smallest result is kept.
+placed, that live at the same time. Three orders with three choices of the gap are tried and the smallest
+result is kept.
 """
 
 from __future__ import annotations
@@ -102,9 +103,7 @@ def _place(order: Sequence[Request], fit: Fit, limit: int) -> tuple[dict[str, in
         touched = range(request.first // CHUNK, request.last // CHUNK + 1)
         near = {n for cell in touched for n in cells.get(cell, ())}
         taken = sorted(
-            (starts[n], ends[n])
-            for n in near
-            if order[n].first <= request.last and request.first <= order[n].last
+            (starts[n], ends[n]) for n in near if order[n].first <= request.last and request.first <= order[n].last
         )
         gaps = _gaps(taken, aligned(request.nbytes), limit)
         start = _choose(gaps, aligned(request.nbytes), fit, number)

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from dcompile.analyse.context import Context
 from dcompile.collectives.nodes import Start
 from dcompile.ir.graph import Graph
-from dcompile.schedule.live import footing, peak_bytes
 from dcompile.schedule.list_schedule import Priority, list_schedule
+from dcompile.schedule.live import footing, peak_bytes
 from dcompile.schedule.order import reorder
 from dcompile.schedule.predict import predict
 from dcompile.schedule.simulate import Problem, Tails, lower_bound, prepare, simulate, tails
@@ -47,12 +47,18 @@ class Candidate:
 
 Policy = Callable[[Tails], Priority]
 
-POLICIES: dict[str, Policy] = {
-    "what the next launch needs": lambda found: [(-u, p) for p, u in enumerate(found.urgency)],
-    "program order with early launches and late waits": lambda found: [(0.0, p) for p in range(len(found.path))],
-    "longest path": lambda found: [(-length, p) for p, length in enumerate(found.path)],
+POLICIES: dict[str, tuple[Policy, bool]] = {
+    "what the next launch needs": (lambda found: [(-u, p) for p, u in enumerate(found.urgency)], False),
+    "program order with early launches and late waits": (
+        lambda found: [(0.0, p) for p in range(len(found.path))],
+        False,
+    ),
+    "what the next launch needs, patiently": (lambda found: [(-u, p) for p, u in enumerate(found.urgency)], True),
+    "longest path": (lambda found: [(-length, p) for p, length in enumerate(found.path)], False),
+    "longest path, patiently": (lambda found: [(-length, p) for p, length in enumerate(found.path)], True),
 }
-"""Priority of each node for the compute lane, smallest first, by the name the verdict shows."""
+"""Priority of each node for the compute lane, smallest first, and whether the schedule is patient (``list_schedule``),
+by the name the verdict shows; in the order in which they are tried."""
 
 
 def overlap(graph: Graph, ctx: Context) -> Graph:
@@ -67,9 +73,12 @@ def overlap(graph: Graph, ctx: Context) -> Graph:
     program = program_order(problem)
     bound_us = lower_bound(problem)
     best = best_schedule(problem, program, bound_us, ctx.options.in_flight_bytes)
-    times = f"predicted {best.makespan_us:.0f} us, program order {program.makespan_us:.0f} us, lower bound {bound_us:.0f} us"
+    times = f"predicted {best.makespan_us:.0f} us, program order {program.makespan_us:.0f} us"
+    times += f", lower bound {bound_us:.0f} us"
     if best is program:
-        ctx.verdict(STAGE, graph.name, "program order", f"no legal schedule within the memory budget is faster; {times}")
+        ctx.verdict(
+            STAGE, graph.name, "program order", f"no legal schedule within the memory budget is faster; {times}"
+        )
         return graph
     memory = f"peak {best.peak_bytes} bytes, in program order {program.peak_bytes}"
     ctx.verdict(STAGE, graph.name, f"reordered: {best.policy}", f"{times}; {memory}")
@@ -84,13 +93,13 @@ def program_order(problem: Problem) -> Candidate:
 
 
 def best_schedule(problem: Problem, program: Candidate, bound_us: float, cap_bytes: int) -> Candidate:
-    """The best of all policies and program order; ``program`` itself if nothing is predicted faster within the budget."""
+    """The best of all policies; ``program`` itself if nothing within the memory budget is predicted faster."""
     found = tails(problem)
     ground = footing(problem.graph)
     budget = int(PEAK_FACTOR * program.peak_bytes)
     best = program
-    for policy, priority in POLICIES.items():
-        order = list_schedule(problem, priority(found), ground, cap_bytes, budget)
+    for policy, (priority, patient) in POLICIES.items():
+        order = list_schedule(problem, priority(found), ground, cap_bytes, budget, patient)
         candidate = Candidate(policy, order, simulate(problem, order).makespan, peak_bytes(ground, order))
         if candidate.peak_bytes <= budget + cap_bytes and _better(candidate, best):
             best = candidate

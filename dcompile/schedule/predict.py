@@ -73,7 +73,8 @@ def _reason(problem: Problem, run: Run, start: int, cap_bytes: int, independent:
     busy = _in_flight(problem, start)
     if busy and busy + problem.carried[start] >= cap_bytes:
         return f"in-flight cap: {busy} bytes were in flight at its launch, {cap_bytes} are allowed"
-    return f"only {hidden_us:.0f} us of work between launch and wait; {_name(problem, other)} could run there but comes later"
+    work = f"only {hidden_us:.0f} us of work between launch and wait"
+    return f"{work}; {_name(problem, other)} could run there but comes later"
 
 
 def _name(problem: Problem, position: int) -> str:

@@ -3,15 +3,15 @@
 extern "C" int64_t k0_sum(float* b0, float* b1, int64_t threads) {
   (void)threads;
 #pragma omp parallel for schedule(static) num_threads(threads) if(threads > 1)
-  for (int64_t strip0 = 0; strip0 < 1000; strip0 += 64) {
-    const int64_t strip0_lanes = dc::min_index(1000 - strip0, 64);
-    alignas(64) double v0_total[64];
+  for (int64_t strip0 = 0; strip0 < 1000; strip0 += 128) {
+    const int64_t strip0_lanes = dc::min_index(1000 - strip0, 128);
+    alignas(64) double v0_total[128];
 #pragma omp simd
     for (int64_t l0 = 0; l0 < strip0_lanes; l0++) {
       v0_total[l0] = 0.0;
     }
     for (int64_t k0 = 0; k0 < 4096; k0 += 128) {
-      alignas(64) float v0[64];
+      alignas(64) float v0[128];
 #pragma omp simd
       for (int64_t l0 = 0; l0 < strip0_lanes; l0++) {
         v0[l0] = 0.0f;
@@ -30,7 +30,7 @@ extern "C" int64_t k0_sum(float* b0, float* b1, int64_t threads) {
         v0_total[l0] += v0[l0];
       }
     }
-    alignas(64) float v1[64];
+    alignas(64) float v1[128];
 #pragma omp simd
     for (int64_t l0 = 0; l0 < strip0_lanes; l0++) {
       v1[l0] = (float)v0_total[l0];

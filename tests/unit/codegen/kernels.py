@@ -103,5 +103,3 @@ def pointwise(shape: Sequence[int], expr: ex.Expr, out: str = "y") -> Kernel:
     axis: Axis = (I0, numel)
     body = (Nest((axis,), (V,), (Write(out, I0, expr),)),)
     return Kernel(outs=(value(out, shape, expr.dtype),), body=body, origin=Origin(("aten.add.Tensor",), "model.py:3"))
-
-

@@ -23,6 +23,7 @@ from tests.unit.codegen.kernels import (
     F64,
     I0,
     I1,
+    I2,
     I64,
     R0,
     R1,
@@ -40,7 +41,10 @@ from tests.unit.codegen.kernels import (
 GOLDEN = Path(__file__).parents[2] / "golden"
 
 
-def agrees(graph: Graph, inputs: list[torch.Tensor | int], rtol: float = 2e-6, atol: float = 1e-6) -> list[torch.Tensor]:
+Inputs = list[torch.Tensor | int]
+
+
+def agrees(graph: Graph, inputs: Inputs, rtol: float = 2e-6, atol: float = 1e-6) -> list[torch.Tensor]:
     """One and two threads give the reference's numbers, and the same as each other."""
     copies = [x.clone() if isinstance(x, torch.Tensor) else x for x in inputs]
     want = run_reference([graph], [copies])[0]
@@ -79,7 +83,8 @@ def test_dynamic_sizes() -> None:
     x = torch.randn(9, 333)
     agrees(graph, [x, 333, 9])
     (y,), codes = run(graph, [torch.empty(0, 333), 333, 0])
-    assert y.numel() == 0 and codes == [0]
+    assert y.numel() == 0
+    assert codes == [0]
 
 
 def full_fold(kind: str, expr: ex.Expr, n: int, role: object, outer: int = 1) -> Kernel:
@@ -156,18 +161,34 @@ def test_nest_of_all_roles_and_a_fold_that_writes() -> None:
     a, b, c = 3, 4, 37
     address = (I0 * b + I1) * c + R0
     x = ex.load("x", (address,), F32)
-    fold = Fold(((R0, c),), (V,), (Accumulator("n", "sum", ex.op("mul", x, x)),), writes=(Write("y", address, ex.op("exp", x)),))
+    square = Accumulator("n", "sum", ex.op("mul", x, x))
+    fold = Fold(((R0, c),), (V,), (square,), writes=(Write("y", address, ex.op("exp", x)),))
     body = (fold, Write("norm", I0 * b + I1, ex.op("sqrt", ex.local("n", F32))))
-    kernel = Kernel(outs=(value("y", (a, b, c)), value("norm", (a, b))), body=(Nest(((I0, a), (I1, b)), (P, S), body),))
+    nest = Nest(((I0, a), (I1, b)), (P, S), body)
+    kernel = Kernel(outs=(value("y", (a, b, c)), value("norm", (a, b))), body=(nest,))
     agrees(kernel_graph([value("x", (a, b, c))], kernel), [torch.randn(a, b, c)])
+
+
+def test_collapsed_parallel_loops() -> None:
+    a, b, c = 12, 30, 129
+    here, there = (I0 * b + I1) * c + I2, (I1 * a + I0) * c + I2
+    scale = ex.op("exp", ex.load("w", (I0,), F32))
+    write = Write("y", here, ex.op("mul", ex.load("x", (there,), F32), scale))
+    kernel = Kernel(outs=(value("y", (a, b, c)),), body=(Nest(((I0, a), (I1, b), (I2, c)), (P, P, V), (write,)),))
+    graph = kernel_graph([value("x", (b, a, c)), value("w", (a,))], kernel)
+    assert "collapse(2)" in print_cpp(graph).source
+    (y,) = agrees(graph, [x := torch.randn(b, a, c), w := torch.randn(a)])
+    torch.testing.assert_close(y, x.transpose(0, 1) * w.exp()[:, None, None])
 
 
 def test_masked_load_stays_inside() -> None:
     n = 100
     shifted = ex.load("x", (I0 - 40,), F32)
     inside = ex.op("ge", ex.index(I0), ex.const(40, I64))
-    expr = ex.masked(inside, ex.op("exp", shifted), ex.masked(ex.op("lt", ex.index(I0), ex.const(3, I64)), ex.load("z", (I0,), F32), ex.const(-1.0, F32)))  # fmt: skip
-    agrees(kernel_graph([value("x", (60,)), value("z", (3,))], pointwise((n,), expr)), [torch.randn(60), torch.randn(3)])
+    first = ex.op("lt", ex.index(I0), ex.const(3, I64))
+    other = ex.masked(first, ex.load("z", (I0,), F32), ex.const(-1.0, F32))
+    kernel = pointwise((n,), ex.masked(inside, ex.op("exp", shifted), other))
+    agrees(kernel_graph([value("x", (60,)), value("z", (3,))], kernel), [torch.randn(60), torch.randn(3)])
 
 
 def test_division_in_addresses() -> None:
@@ -202,9 +223,8 @@ def test_scatter_add_with_repeats(dtype: DType) -> None:
     count, width, rows = 3000, 20, 7
     position = ex.op("wrap_index", ex.load("ids", (I0,), I64), ex.const(rows, I64))
     write = Write("y", ex.bound(0) * width + I1, ex.load("x", (I0 * width + I1,), dtype), (position,), mode="add")
-    kernel = Kernel(
-        outs=(value("y", (rows, width), dtype),), targets=("z",), body=(Nest(((I0, count), (I1, width)), (P, V), (write,)),)
-    )
+    nest = Nest(((I0, count), (I1, width)), (P, V), (write,))
+    kernel = Kernel(outs=(value("y", (rows, width), dtype),), targets=("z",), body=(nest,))
     specs = [value("z", (rows, width), dtype), value("ids", (count,), I64), value("x", (count, width), dtype)]
     x = torch.randint(-3, 4, (count, width)).to(dtype.torch)
     graph = kernel_graph(specs, kernel)
@@ -216,7 +236,8 @@ def test_add_of_one_address_from_many_lanes() -> None:
     n = 50_000
     write = Write("y", sympy.Integer(0), ex.load("x", (I0,), I64), mode="add")
     kernel = Kernel(outs=(value("y", (1,), I64),), targets=("z",), body=(Nest(((I0, n),), (V,), (write,)),))
-    agrees(kernel_graph([value("z", (1,), I64), value("x", (n,), I64)], kernel), [torch.ones(1).long(), torch.randint(-9, 9, (n,))])
+    graph = kernel_graph([value("z", (1,), I64), value("x", (n,), I64)], kernel)
+    agrees(graph, [torch.ones(1).long(), torch.randint(-9, 9, (n,))])
 
 
 @pytest.mark.parametrize("name", ["floordiv", "truncdiv", "mod", "fmod"])
@@ -254,7 +275,7 @@ def test_read_back_of_a_written_value() -> None:
     )
     kernel = Kernel(outs=tuple(value(name, (n,)) for name in "yzw"), body=(Nest(((I0, n),), (V,), body),))
     x = torch.randn(n)
-    y, z, w = agrees(kernel_graph([value("x", (n,))], kernel), [x])
+    *_, w = agrees(kernel_graph([value("x", (n,))], kernel), [x])
     torch.testing.assert_close(w, (x + 1) ** 2)
 
 
@@ -264,7 +285,8 @@ def test_bool_folds_and_stores() -> None:
     body = (Fold(((R0, n),), (V,), (Accumulator("m", "any", positive),)), Write("y", I0, ex.local("m", BOOL)))
     kernel = Kernel(outs=(value("y", (8,), BOOL),), body=(Nest(((I0, 8),), (P,), body),))
     (y,) = agrees(kernel_graph([value("x", (8, n))], kernel), [torch.randn(8, n)])
-    assert y.any() and not y.all()
+    assert y.any()
+    assert not y.all()
 
 
 def test_empty_loops_touch_nothing() -> None:
@@ -277,7 +299,8 @@ def test_identical_kernels_are_printed_once() -> None:
     def exp_of(source: str, out: str, n: int) -> Kernel:
         return pointwise((n,), ex.op("exp", ex.load(source, (I0,), F32)), out)
 
-    graph = kernel_graph([value("x", (9,))], exp_of("x", "y", 9), exp_of("y", "z", 9), pointwise((9,), ex.load("z", (I0,), F32), "w"))
+    copy = pointwise((9,), ex.load("z", (I0,), F32), "w")
+    graph = kernel_graph([value("x", (9,))], exp_of("x", "y", 9), exp_of("y", "z", 9), copy)
     module = print_cpp(graph)
     assert len(module.signatures) == 2
     assert module.calls[0].function == module.calls[1].function != module.calls[2].function

@@ -35,8 +35,9 @@ POW_ULP = 0.51
 STRIDE = 4093
 """Distance between tested bit patterns; prime, so that all mantissas and exponents meet."""
 
-SPECIAL = [0.0, -0.0, float("inf"), float("-inf"), float("nan"), 1.0, -1.0, 1e-45, -1e-45, 2.0**-126, 88.72283, 88.72284]
-SPECIAL += [-87.4, -103.9, -104.1, 3.4e38, 9.0, -10.0, 4.0, 5.0, 0.5, 0.9999999, 1.0000001, 2.0**31, 2.0**31 + 256, -(2.0**40)]
+SPECIAL = [0.0, -0.0, float("inf"), float("-inf"), float("nan"), 1.0, -1.0, 1e-45, -1e-45, 2.0**-126]
+SPECIAL += [88.72283, 88.72284, -87.4, -103.9, -104.1, 3.4e38, 9.0, -10.0, 4.0, 5.0, 0.5, 0.9999999, 1.0000001]
+SPECIAL += [2.0**31, 2.0**31 + 256, -(2.0**40)]
 
 
 def source() -> str:
@@ -72,7 +73,7 @@ def floats() -> torch.Tensor:
 
 
 def ulps(got: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
-    """Distance in units of the last place of ``exact`` (float64); 0 where equal, NaN like NaN; inf where not comparable."""
+    """Distance in units of the last place of ``exact`` (float64); inf where only one is a number."""
     nearest = exact.float()
     wide = got.double()
     exponent = torch.frexp(exact.abs()).exponent.clamp(min=-125, max=128) - 1

@@ -17,6 +17,9 @@ from dcompile.options import Options
 from dcompile.schedule.overlap import PEAK_FACTOR, overlap, predict
 from dcompile.schedule.simulate import Problem, lower_bound, prepare, simulate
 
+ROOM = 2**20
+"""More bytes than all collectives of these programs carry."""
+
 
 @dataclass(frozen=True)
 class Prices(CostModel):
@@ -169,17 +172,39 @@ def test_transfers_of_one_group_queue_and_those_of_two_groups_do_not() -> None:
 @pytest.mark.parametrize(
     ("nodes", "us", "cap", "reason"),
     [
-        (start(0, "x") + wait(0) + op("b", "r0"), {}, 2**20, "waited at once by its only reader extern b"),
-        (start(0, "x") + op("a", "y") + wait(0) + op("b", "r0", "a"), {"p0": 50}, 2**20, "no independent work after extern a"),
-        (start(0, "x") + start(1, "y") + op("a", "y") + wait(0) + wait(1) + op("b", "r0", "r1"), {"p1": 50, "p0": 90}, 2**20,
-         "no independent work after extern a"),
-        (start(0, "x") + wait(0) + op("a", "y") + op("b", "r0", "a"), {}, 2**20, "extern a could run there but comes later"),
-        (start(1, "y") + start(0, "x") + wait(0) + op("a", "y") + wait(1) + op("b", "r0", "r1", "a"), {"p1": 1}, 256,
-         "in-flight cap: 128 bytes were in flight at its launch, 256 are allowed"),
-        (start(1, "y") + start(0, "x") + wait(0) + op("a", "y") + wait(1) + op("b", "r0", "r1", "a"), {"p1": 90}, 2**20,
-         "queued 90 us behind earlier collectives of g0"),
+        (start(0, "x") + wait(0) + op("b", "r0"), {}, ROOM, "waited at once by its only reader extern b"),
+        (
+            start(0, "x") + op("a", "y") + wait(0) + op("b", "r0", "a"),
+            {"p0": 50},
+            ROOM,
+            "no independent work after extern a",
+        ),
+        (
+            start(0, "x") + start(1, "y") + op("a", "y") + wait(0) + wait(1) + op("b", "r0", "r1"),
+            {"p1": 50, "p0": 90},
+            ROOM,
+            "no independent work after extern a",
+        ),
+        (
+            start(0, "x") + wait(0) + op("a", "y") + op("b", "r0", "a"),
+            {},
+            ROOM,
+            "extern a could run there but comes later",
+        ),
+        (
+            start(1, "y") + start(0, "x") + wait(0) + op("a", "y") + wait(1) + op("b", "r0", "r1", "a"),
+            {"p1": 1},
+            256,
+            "in-flight cap: 128 bytes were in flight at its launch, 256 are allowed",
+        ),
+        (
+            start(1, "y") + start(0, "x") + wait(0) + op("a", "y") + wait(1) + op("b", "r0", "r1", "a"),
+            {"p1": 90},
+            ROOM,
+            "queued 90 us behind earlier collectives of g0",
+        ),
     ],
-)  # fmt: skip
+)
 def test_every_exposed_collective_has_its_reason(nodes: str, us: dict[str, float], cap: int, reason: str) -> None:
     found = predict(parse_graph(graph(nodes, "%b")), context(us, in_flight_bytes=cap))
     exposure = next(e for e in found.exposures if e.pending == "p0")
@@ -193,7 +218,7 @@ def test_a_hidden_collective_says_so() -> None:
 
 
 def random_program(seed: int) -> tuple[Graph, dict[str, float]]:
-    """Four to six operators, two collectives over one or two groups, random dependences and prices."""
+    """Four or five operators, two collectives over one or two groups, random dependences and prices."""
     draw = random.Random(seed)
     names, flying, nodes, us = ["x", "y"], [], [], {}
     kinds = ["op"] * draw.choice((3, 4)) + ["start"] * 2
@@ -231,7 +256,7 @@ def legal_orders(problem: Problem) -> Iterator[list[int]]:
 @pytest.mark.parametrize("seed", range(60))
 def test_schedules_of_small_programs_are_within_five_percent_of_the_best_order(seed: int) -> None:
     before, us = random_program(seed)
-    ctx = context(us, shared=random.Random(seed).choice((0.0, 0.25, 0.75)))
+    ctx = context(us, shared=random.Random(seed).choice((0.0, 0.25, 0.45)))
     problem = prepare(before, ctx.costs)
     best_us = min(simulate(problem, order).makespan for order in legal_orders(problem))
     found = predict(overlap(before, ctx), ctx, before)
@@ -275,4 +300,5 @@ def test_ten_thousand_nodes_take_a_second_or_two() -> None:
     began = time.process_time()
     after = overlap(before, ctx)
     assert after != before
-    assert time.process_time() - began < 30.0  # about a second and a half on a quiet core, most of it the legality check
+    # about a second and a half on a quiet core, most of it dependences and the legality check
+    assert time.process_time() - began < 15.0
