@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +11,6 @@ import torch
 
 from dcompile.backend import backend
 from dcompile.capture import graph_breaks
-from dcompile.codegen.cpp import CppModule
 from dcompile.ir.nodes import Extern
 from dcompile.options import Options
 from dcompile.pipeline import Built
@@ -25,18 +24,17 @@ class GraphExplanation:
     """One compiled graph.
 
     Attributes:
-        name: ``"forward0"``, ``"backward0"``, ``"inference1"``, …
+        built: the texts of both generated programs and the compile time by stage.
         plan: the verified program: schedule, places, predicted times, decisions.
-        kernels: generated kernel source.
-        host: generated host program.
-        seconds: compile time by stage.
     """
 
-    name: str
+    built: Built
     plan: Plan
-    kernels: CppModule
-    host: str
-    seconds: Mapping[str, float]
+
+    @property
+    def name(self) -> str:
+        """``"forward0"``, ``"backward0"``, ``"inference1"``, …"""
+        return self.built.name
 
     @property
     def fallbacks(self) -> Counter[str]:
@@ -49,18 +47,18 @@ class GraphExplanation:
         return Counter(n.op for n in self.plan.graph.nodes if isinstance(n, Extern))
 
     def __str__(self) -> str:
-        launches = len(self.kernels.calls)
-        distinct = len({call.function for call in self.kernels.calls.values()})
+        calls = self.built.kernels.calls if self.built.kernels else {}
+        distinct = len({call.function for call in calls.values()})
         parts = [
-            f"== {self.name}: {launches} kernel launches of {distinct} kernels, "
-            f"{sum(self.library_calls.values())} library calls, compiled in {sum(self.seconds.values()):.2f} s",
+            f"== {self.name}: {len(calls)} kernel launches of {distinct} kernels, "
+            f"{sum(self.library_calls.values())} library calls, compiled in {sum(self.built.seconds.values()):.2f} s",
             describe_schedule(self.plan),
             describe_memory(self.plan).splitlines()[0],
             "library calls: " + _counted(self.library_calls),
             "fallbacks: " + _counted(self.fallbacks),
             "kernels:",
         ]
-        for position, call in sorted(self.kernels.calls.items()):
+        for position, call in sorted(calls.items()):
             origin = self.plan.graph.nodes[position].origin
             parts.append(f"  {position:4d} {call.function}  {', '.join(origin.ops)[:120]}  {origin.source}")
         return "\n".join(parts)
@@ -107,11 +105,7 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
     options = replace(Options.from_env(), cache_dir=None)
     before = graph_breaks()
     result = torch.compile(function, backend=backend(options, seen.append))(*args, **kwargs)
-    graphs = tuple(
-        GraphExplanation(g.name, g.plan, g.kernels, g.host, g.seconds)
-        for g in seen
-        if g.plan is not None and g.kernels is not None
-    )
+    graphs = tuple(GraphExplanation(built, built.plan) for built in seen if built.plan is not None)
     return Explanation(graphs, graph_breaks() - before, result)
 
 
@@ -136,7 +130,10 @@ class CommunicationSummary:
 
 
 def communication_summary() -> CommunicationSummary | None:
-    """How much communication the last calls hid; None unless compiled with ``Options(timeline=True)`` and communicating."""
+    """How much communication the last calls hid.
+
+    None unless the programs were compiled with ``Options(timeline=True)`` and communicate.
+    """
     lines = [t for t in last_timelines() if t.communication_us]
     if not lines:
         return None

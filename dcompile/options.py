@@ -52,7 +52,10 @@ class Options:
 
     @staticmethod
     def from_env(overrides: Mapping[str, Any] | None = None) -> Options:
-        """Options of the environment (``DCOMPILE_SHOW=passes,ir``, ``DCOMPILE_SKIP=overlap``, ``DCOMPILE_BUCKET_BYTES=…``) with ``overrides`` on top.
+        """Options of the environment with ``overrides`` on top.
+
+        The environment names them in capitals: ``DCOMPILE_SHOW=passes,ir``, ``DCOMPILE_SKIP=overlap``,
+        ``DCOMPILE_BUCKET_BYTES=…``, and ``DCOMPILE_DUMP`` for ``dump_dir``.
 
         Raises:
             DCompileError: an unknown option name, or a value that cannot be read, naming both.

@@ -38,8 +38,8 @@ from dcompile.runtime.compiled import Arity, CompiledGraph, Facts, read_facts, w
 from dcompile.runtime.toolchain import compiler_fingerprint, find_compiler
 from dcompile.schedule.bucket import bucket_collectives
 from dcompile.schedule.fuse import fuse
-from dcompile.schedule.inline import inline_pointwise
 from dcompile.schedule.in_place import donate_sources, recover_in_place
+from dcompile.schedule.inline import inline_pointwise
 from dcompile.schedule.layout import choose_layouts
 from dcompile.schedule.memory import plan_memory
 from dcompile.schedule.overlap import overlap, predict
@@ -126,7 +126,8 @@ def run_passes(graph: Graph, ctx: Context, watch: Watch) -> Plan:
 def _check_skips(skip: frozenset[str]) -> None:
     optional = sorted(step.name for step in PASSES if step.optional)
     if unknown := skip - set(optional):
-        raise DCompileError(f"cannot skip {', '.join(sorted(unknown))}; passes that can be skipped: {', '.join(optional)}")
+        wrong, right = ", ".join(sorted(unknown)), ", ".join(optional)
+        raise DCompileError(f"cannot skip {wrong}; passes that can be skipped: {right}")
 
 
 def _check_level(graph: Graph, level: Level, after: str) -> Graph:

@@ -1,4 +1,4 @@
-"""Eyes on the pipeline: what each pass took, changed and decided, printed (``show``) or written to files (``dump_dir``)."""
+"""Eyes on the pipeline: what each pass took, changed and decided, printed (``show``) or in files (``dump_dir``)."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class Watch:
 
     def _print(self, what: str, text: str) -> None:
         if what in self.options.show and process_rank() == 0:
-            print(f"[dcompile {what}] {text}", file=sys.stderr, flush=True)
+            sys.stderr.write(f"[dcompile {what}] {text}\n")
 
 
 def describe_verdicts(verdicts: tuple[Verdict, ...]) -> str:

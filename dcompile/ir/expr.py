@@ -83,7 +83,7 @@ class Op(Expr):
 
 @dataclass(frozen=True, eq=False)
 class Masked(Expr):
-    """``body`` where ``cond`` holds, else ``other``; ``body`` is not evaluated (its loads not made) where it does not hold."""
+    """``body`` where ``cond`` holds, else ``other``. Where ``cond`` does not hold, ``body`` makes none of its loads."""
 
     cond: Expr
     body: Expr
@@ -187,9 +187,7 @@ def bound(n: int) -> sympy.Symbol:
     return symbol(f"q{n}")
 
 
-def _compact(
-    exprs: tuple[sympy.Expr, ...], bind: tuple[Expr, ...]
-) -> tuple[tuple[sympy.Expr, ...], tuple[Expr, ...]]:
+def _compact(exprs: tuple[sympy.Expr, ...], bind: tuple[Expr, ...]) -> tuple[tuple[sympy.Expr, ...], tuple[Expr, ...]]:
     """Drop unused bindings and merge equal ones, renumbering from q0 in order of first position."""
     if not bind:
         return exprs, ()

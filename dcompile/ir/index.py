@@ -113,8 +113,10 @@ def _split_multiple(expr: sympy.Expr, divisor: sympy.Expr) -> tuple[sympy.Expr, 
         coefficient, factors = term.as_coeff_Mul()
         if divisor.is_Integer and coefficient.is_Integer and int(coefficient) % int(divisor) == 0:
             quotient += (coefficient / divisor) * factors
-        elif not divisor.is_Integer and (ratio := sympy.cancel(term / divisor)).is_polynomial() and all(
-            c.is_Integer for c in ratio.as_coefficients_dict().values()
+        elif (
+            not divisor.is_Integer
+            and (ratio := sympy.cancel(term / divisor)).is_polynomial()
+            and all(c.is_Integer for c in ratio.as_coefficients_dict().values())
         ):
             quotient += ratio
         else:
@@ -165,7 +167,7 @@ def _pull_common(value: sympy.Expr, divisor: sympy.Expr) -> sympy.Expr:
     g = divisor
     for term in others:
         g = sympy.gcd(g, term.as_coeff_Mul()[0])
-    if g == 1 or not 0 <= constant or not others:
+    if g == 1 or not constant >= 0 or not others:
         return FloorDiv(value, divisor)
     return FloorDiv(sum((term / g for term in others), constant // g), divisor / g)
 

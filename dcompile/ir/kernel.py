@@ -78,7 +78,7 @@ class Fold:
 
 @dataclass(frozen=True)
 class Write:
-    """``buffer[address] = expr`` (``set``) or ``+= expr`` (``add``: repeated addresses accumulate, also across threads).
+    """``buffer[address] = expr`` (``set``) or ``+= expr`` (``add``: repeated addresses add up, also across threads).
 
     ``bind`` as in ``ir.expr``: ``q0..`` inside ``address``.
     """

@@ -208,9 +208,7 @@ def _read_store(reader: Reader, left: tuple[Def | None, ...]) -> Store:
     reader.expect("=")
     value = reader.operand()
     reader.scalars = outer
-    return Store(
-        out=_only_value(reader, left), target=target, axes=axes, index=index, expr=value, bind=bind, mode=mode
-    )
+    return Store(out=_only_value(reader, left), target=target, axes=axes, index=index, expr=value, bind=bind, mode=mode)
 
 
 def _print_pack(node: Pack) -> str:

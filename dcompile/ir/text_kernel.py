@@ -82,8 +82,10 @@ def _write_text(stmt: Write) -> str:
     lets, (value, *bind) = print_exprs((stmt.expr, *stmt.bind))
     mode = "" if stmt.mode == "set" else f"{stmt.mode} "
     where = f"[{print_index(stmt.address)}{print_bind(bind)}]"
-    return f"write {mode}{quote_name(stmt.buffer)} {lets}{where} = {value}" if lets else (
-        f"write {mode}{quote_name(stmt.buffer)}{where} = {value}"
+    return (
+        f"write {mode}{quote_name(stmt.buffer)} {lets}{where} = {value}"
+        if lets
+        else (f"write {mode}{quote_name(stmt.buffer)}{where} = {value}")
     )
 
 

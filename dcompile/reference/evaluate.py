@@ -57,9 +57,7 @@ class Frame:
 
     def at(self, var: sympy.Symbol, value: int) -> Frame:
         """The frame of one iteration of a serial loop."""
-        return replace(
-            self, loops={**self.loops, var: value}, scalars=dict(self.scalars), scratch=dict(self.scratch)
-        )
+        return replace(self, loops={**self.loops, var: value}, scalars=dict(self.scalars), scratch=dict(self.scratch))
 
 
 def size_value(size: Size, sizes: Mapping[sympy.Symbol, int]) -> int:

@@ -92,9 +92,7 @@ def _run(body: tuple[Stmt, ...], frame: Frame) -> None:
             _run_fold(stmt, frame)
 
 
-def _run_nest(
-    axes: tuple[Axis, ...], roles: tuple[Role, ...], body: tuple[Stmt, ...], frame: Frame
-) -> None:
+def _run_nest(axes: tuple[Axis, ...], roles: tuple[Role, ...], body: tuple[Stmt, ...], frame: Frame) -> None:
     if not axes:
         _run(body, replace(frame, scalars=dict(frame.scalars), scratch=dict(frame.scratch)))
     elif roles[0] is Role.SERIAL:
@@ -157,5 +155,3 @@ def poison(tensor: Tensor) -> Tensor:
     if tensor.dtype is torch.bool:
         return tensor.fill_(True)
     return tensor.fill_(torch.iinfo(tensor.dtype).max - 41)
-
-

@@ -305,4 +305,3 @@ def _index_parts(root: ex.Expr) -> list[sympy.Expr]:
         elif isinstance(node, ex.Index):
             found.append(node.expr)
     return found
-

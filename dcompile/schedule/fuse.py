@@ -215,7 +215,7 @@ class _Grouping:
         return None
 
     def _absorb(self, number: int, other: int) -> None:
-        """Unite two groups that a common member has brought together, if every rule of joining holds for all members."""
+        """Unite two groups that a common member has brought together, if all their members may be in one group."""
         unit, rival = self.units[number], self.units[other]
         group, joining = unit.group, rival.group
         if group is None or joining is None or group.column != joining.column:
@@ -370,5 +370,3 @@ class _Grouping:
             or any(user not in inside for user in self.graph.users[m.name])
         }
         return emit_kernel(self.graph, unit.group, needed)
-
-

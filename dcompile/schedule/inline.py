@@ -1,4 +1,4 @@
-"""Recompute or store: pointwise producers move into the loops that read them when that costs less than a trip to memory.
+"""Recompute or store: pointwise producers move into the loops that read them where that is cheaper than memory.
 
 Values that several loops of the same shape read are left alone here: fusion computes those once per element inside one
 kernel. What is inlined is what recomputation makes cheaper than a store and its loads, by the cost model's own rates.
@@ -24,8 +24,8 @@ MAX_OPS = 256
 linearly; chained producers that hit it are stored, which bounds the cost of a chain by its length."""
 
 FLOPS_PER_BYTE = 4
-"""Arithmetic that costs as much as moving one byte: a core does about 30 to 60 vectorised f32 operations per
-nanosecond-slot in which it moves 8 to 12 bytes of memory, so up to 4 operations per byte saved are worth recomputing."""
+"""Arithmetic that costs as much as moving one byte. A core does 30 to 60 vectorised f32 operations in the time in which
+it moves 8 to 12 bytes, so up to 4 operations for each byte saved are worth recomputing."""
 
 
 def inline_pointwise(graph: Graph, ctx: Context) -> Graph:
@@ -67,8 +67,7 @@ def _refusal(graph: Graph, producer: Pointwise, reader: Node, name: str) -> str 
         return "it decides where a store goes"
     body = producer.expr
     cost = ex.flops(body)
-    sources = len({load for load in ex.loads(body)})
-    if sources == 0 and cost == 0:
+    if not ex.loads(body) and cost == 0:
         return None
     if _count_ops(body) + _count_ops(reader.expr) > MAX_OPS:
         return f"the body would exceed {MAX_OPS} operations"

@@ -19,8 +19,8 @@ Priority = Sequence[tuple[float, int]]
 """By position: smaller runs first. The second part, a position, breaks ties."""
 
 LOOK = 32
-"""Ready nodes looked at, best first, for one that fits the memory budget. Larger values changed no schedule of the
-random graphs in the tests and cost time on wide graphs."""
+"""Ready nodes looked at, best first, for one that fits the memory budget: bounds the work of one step when hundreds of
+nodes are ready and none fits, so that the whole stays linear."""
 
 HOLD = 2.0
 """A launch that needs memory of its own and would queue for longer than this many times the next node is held

@@ -204,7 +204,9 @@ def place(form: Form, domain: Domain, spread: str) -> Placed | None:
     result = Placed(form, expr, address, bind)
     fast = [axes[-1][0] for axes in (domain.outer_axes if not domain.inner else (), domain.inner_axes) if axes]
     before = any(a.has(FloorDiv, Mod) for a in addresses(form))
-    if not before and any(_divides_by(a, fast) for a in addresses(replace(form, expr=expr, address=address, bind=bind))):
+    if not before and any(
+        _divides_by(a, fast) for a in addresses(replace(form, expr=expr, address=address, bind=bind))
+    ):
         return None
     return result
 
@@ -221,9 +223,7 @@ def _image(own: tuple[Axis, ...], target: tuple[Axis, ...]) -> dict[sympy.Symbol
         flat = flat * size + var
     flat = sympy.expand(flat)
     ranges = dict(target)
-    return {
-        var: simplify(at, ranges) for (var, _), at in zip(own, unflatten(flat, sizes), strict=True)
-    }
+    return {var: simplify(at, ranges) for (var, _), at in zip(own, unflatten(flat, sizes), strict=True)}
 
 
 def _divides_by(address: sympy.Expr, fast: list[sympy.Symbol]) -> bool:

@@ -17,8 +17,8 @@ from itertools import accumulate, product
 from dcompile.plan import ALIGNMENT
 
 CHUNK = 16
-"""Positions per cell of the index that finds the buffers alive at the same time: most buffers of a training step live
-for less than sixteen steps, so that a look-up opens one or two cells."""
+"""Positions per cell of the index that finds the buffers alive at the same time: activations and gradients mostly die
+within a few steps, so that a look-up opens one or two cells. 8,500 buffers over 10,500 steps take 0.1 s an attempt."""
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,8 @@ STAGE = "overlap"
 
 PEAK_FACTOR = 1.10
 """A schedule may use this many times the peak memory of program order, plus what is in flight (bounded by
-``Options.in_flight_bytes``). Ten percent is the usual head-room people leave below out-of-memory."""
+``Options.in_flight_bytes``). A choice, not a measurement: room for reordering, little enough that a program which fits
+with a tenth to spare still fits."""
 
 GAIN = 1e-3
 """Schedules whose predicted makespans differ by less than this share are equal: the cost model is not that exact, and

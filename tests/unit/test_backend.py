@@ -31,7 +31,9 @@ def check(function: Callable[..., Any], *args: Any, tolerance: float = 1e-5) -> 
     found = torch.compile(function, backend="dcompile")(*mine)
     pairs = zip(_tensors((expected, theirs)), _tensors((found, mine)), strict=True)
     for want, have in pairs:
-        assert have.dtype is want.dtype and have.shape == want.shape and have.stride() == want.stride()
+        assert have.dtype is want.dtype
+        assert have.shape == want.shape
+        assert have.stride() == want.stride()
         torch.testing.assert_close(have, want, rtol=tolerance, atol=tolerance, equal_nan=True)
 
 
@@ -158,7 +160,8 @@ class LlamaBlock(nn.Module):
 def test_a_transformer_block_trains_as_in_eager(block: type[nn.Module]) -> None:
     check_training(nn.Sequential(block(), block()), torch.randn(2, 16, 32))
     counted = dcompile.counters()
-    assert counted.graph_breaks == 0 and counted.graphs == 2
+    assert counted.graph_breaks == 0
+    assert counted.graphs == 2
     assert not counted.fallbacks
 
 
@@ -199,7 +202,8 @@ def test_dropout_is_reproducible_and_masks_forward_and_backward_alike() -> None:
         x = torch.ones(1000, requires_grad=True)
         y = compiled(x)
         y.sum().backward()
-        assert x.grad is not None and torch.equal(x.grad, y.detach())
+        assert x.grad is not None
+        assert torch.equal(x.grad, y.detach())
         results.append(y.detach())
     assert torch.equal(*results)
     kept = (results[0] != 0).float().mean()
@@ -242,7 +246,8 @@ def test_an_eager_op_stays_a_library_call() -> None:
     compiled = dcompile.compile(lambda x: x.exp() * 2, eager_ops={"exp"})
     x = torch.randn(9)
     torch.testing.assert_close(compiled(x), x.exp() * 2)
-    assert dcompile.counters().library_calls == 1 and not dcompile.counters().fallbacks
+    assert dcompile.counters().library_calls == 1
+    assert not dcompile.counters().fallbacks
 
 
 def test_explain_names_kernels_lines_and_fallbacks() -> None:
@@ -252,5 +257,7 @@ def test_explain_names_kernels_lines_and_fallbacks() -> None:
     told = dcompile.explain(program, torch.randn(30))
     text = str(told)
     assert told.fallbacks["aten.special_i0e.default"] == 1
-    assert "test_backend.py" in text and "predicted" in text and "fallbacks: aten.special_i0e.default x1" in text
+    assert "test_backend.py" in text
+    assert "predicted" in text
+    assert "fallbacks: aten.special_i0e.default x1" in text
     torch.testing.assert_close(told.result.shape, torch.Size([30]))

@@ -53,7 +53,9 @@ def test_places_are_filled_in_parameter_order() -> None:
 
 
 def test_definitions_are_named_by_position() -> None:
-    assert print_node(_canonical(TEXT).kernel) == """\
+    assert (
+        print_node(_canonical(TEXT).kernel)
+        == """\
 b2: f32[4], b3: f32[4] = kernel targets (_, b0) inplace (b2: b1) {
   scratch m0: f32[16]
   nest (parallel v0: 4) {
@@ -69,6 +71,7 @@ b2: f32[4], b3: f32[4] = kernel targets (_, b0) inplace (b2: b1) {
     write b2[v0] = e1
   }
 }"""
+    )
 
 
 @pytest.mark.parametrize(

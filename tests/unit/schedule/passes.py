@@ -54,7 +54,9 @@ def assert_same_numbers(before: Graph, after: Graph, tolerance: float = 1e-6) ->
     expected, found = run_reference([before], [first])[0], run_reference([after], [second])[0]
     for a, b in zip([*expected, *first], [*found, *second], strict=True):
         if isinstance(a, torch.Tensor):
-            assert isinstance(b, torch.Tensor) and a.shape == b.shape and a.dtype is b.dtype
+            assert isinstance(b, torch.Tensor)
+            assert a.shape == b.shape
+            assert a.dtype is b.dtype
             torch.testing.assert_close(b, a, rtol=tolerance, atol=tolerance, equal_nan=True)
         else:
             assert a == b

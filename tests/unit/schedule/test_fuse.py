@@ -155,7 +155,8 @@ def test_repeated_positions_accumulate_in_order() -> None:
     )
     (kernel,) = kernels(graph)
     (nest,) = kernel.body
-    assert isinstance(nest, Nest) and nest.roles == (Role.SERIAL, Role.SIMD)
+    assert isinstance(nest, Nest)
+    assert nest.roles == (Role.SERIAL, Role.SIMD)
 
 
 def test_a_view_no_strides_express_is_copied_for_the_library() -> None:

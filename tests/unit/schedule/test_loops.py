@@ -18,7 +18,9 @@ def first_form(text: str) -> Form:
 
 def test_contiguous_axes_merge_into_one() -> None:
     form = first_form(
-        "graph f(x: f32[8, 16, 32]) { y: f32[8, 16, 32] = pointwise (i0: 8, i1: 16, i2: 32) exp(x[i0, i1, i2])\n return %y }"
+        """graph f(x: f32[8, 16, 32]) {
+             y: f32[8, 16, 32] = pointwise (i0: 8, i1: 16, i2: 32) exp(x[i0, i1, i2])
+             return %y }"""
     )
     assert [size for _, size in form.axes] == [4096]
 
@@ -32,7 +34,9 @@ def test_a_broadcast_keeps_axes_apart() -> None:
 
 def test_axes_run_in_the_order_of_the_results_strides() -> None:
     form = first_form(
-        "graph f(x: f32[2, 3, 5]) { y: f32[2, 3, 5]{15, 1, 3} = pointwise (i0: 2, i1: 3, i2: 5) exp(x[i0, i1, i2])\n return %y }"
+        """graph f(x: f32[2, 3, 5]) {
+             y: f32[2, 3, 5]{15, 1, 3} = pointwise (i0: 2, i1: 3, i2: 5) exp(x[i0, i1, i2])
+             return %y }"""
     )
     assert [size for _, size in form.axes] == [2, 5, 3]
     assert coefficient(form.address, form.axes[-1][0]) == 1
@@ -52,7 +56,8 @@ def test_a_reshaped_read_loses_its_division() -> None:
 def test_a_flat_loop_splits_into_rows_and_columns() -> None:
     form = first_form("graph f(x: f32[24]) { y: f32[24] = pointwise (i0: 24) exp(x[i0])\n return %y }")
     placed = place(form, Domain((6,), (4,)), "row")
-    assert placed is not None and placed.address == sympy.expand(4 * symbol("p0") + symbol("r0"))
+    assert placed is not None
+    assert placed.address == sympy.expand(4 * symbol("p0") + symbol("r0"))
 
 
 def test_a_split_that_would_divide_in_the_innermost_loop_is_refused() -> None:

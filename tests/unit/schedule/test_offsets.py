@@ -13,7 +13,7 @@ def assert_disjoint(requests: list[Request], found: Assignment) -> None:
     """Aligned, inside the block, and no two buffers that live at once share a byte."""
     for r in requests:
         assert found.offsets[r.name] % ALIGNMENT == 0
-        assert found.offsets[r.name] >= 0 and found.offsets[r.name] + r.nbytes <= found.nbytes
+        assert 0 <= found.offsets[r.name] <= found.nbytes - r.nbytes
     for a, b in combinations([r for r in requests if r.nbytes], 2):
         if a.first <= b.last and b.first <= a.last:
             start_a, start_b = found.offsets[a.name], found.offsets[b.name]
