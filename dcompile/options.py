@@ -69,7 +69,7 @@ class Options:
         for name, value in (overrides or {}).items():
             if name not in known:
                 raise DCompileError(f"unknown option {name!r}; the options are {', '.join(sorted(known))}")
-            values[name] = frozenset(value) if name in ("eager_ops", "skip", "show") else value
+            values[name] = _typed(name, value)
         options = replace(Options(), **values)
         if unknown := options.show - SHOWABLE:
             raise DCompileError(f"cannot show {', '.join(sorted(unknown))}; choose from {', '.join(sorted(SHOWABLE))}")
@@ -78,6 +78,15 @@ class Options:
     def affects_code(self) -> tuple[object, ...]:
         """The part of the options that changes generated programs; part of every cache key."""
         return (sorted(self.eager_ops), sorted(self.skip), self.bucket_bytes, self.in_flight_bytes)
+
+
+def _typed(name: str, value: Any) -> Any:
+    """``value`` in the type of the option: any collection of names, any spelling of a path."""
+    if name in ("eager_ops", "skip", "show"):
+        return frozenset({value} if isinstance(value, str) else value)
+    if name in ("cache_dir", "dump_dir"):
+        return None if value is None else Path(value)
+    return value
 
 
 def _parse(name: str, text: str) -> Any:

@@ -21,6 +21,7 @@ from dcompile.analyse.cost import CostModel
 from dcompile.analyse.verify import verify
 from dcompile.codegen.cpp import CppModule, print_cpp
 from dcompile.codegen.wrapper import print_host
+from dcompile.collectives.fingerprint import communication_lines
 from dcompile.collectives.nodes import Start, Wait
 from dcompile.collectives.text import print_graph
 from dcompile.counters import TALLY
@@ -232,7 +233,7 @@ def _facts(plan: Plan, module: CppModule) -> Facts:
     externs = [node for node in plan.graph.nodes if isinstance(node, Extern)]
     return Facts(
         functions={name: Arity(s.buffers, s.sizes) for name, s in module.signatures.items()},
-        lines=tuple(print_graph(plan.graph).splitlines()),
+        lines=communication_lines(plan.graph),
         launches=len(module.calls),
         library_calls=len(externs),
         collectives=sum(isinstance(node, Start) for node in plan.graph.nodes),

@@ -191,7 +191,7 @@ def collective(kind: str, values: list[Tensor], position: int, reduction: str | 
         assert root is not None
         return values[root]
     if kind == "all_gather":
-        return torch.cat([value.contiguous() for value in values])
+        return torch.cat([torch.atleast_1d(value) for value in values])
     if kind == "all_to_all":
         return torch.cat([value.chunk(len(values))[position] for value in values])
     whole = reduce_all(values, reduction or "")

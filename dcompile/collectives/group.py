@@ -1,4 +1,4 @@
-"""Who communicates. A group in a graph is a slot; which processes fill it is run-time data, so artifacts fit any rank."""
+"""Who communicates. A group in a graph is a slot; which processes fill it is run-time data: artifacts fit any rank."""
 
 from __future__ import annotations
 

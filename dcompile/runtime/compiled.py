@@ -36,7 +36,7 @@ class Facts:
 
     Attributes:
         functions: parameters of each C function.
-        lines: canonical text of the final plan, one line a step, for ranks to compare.
+        lines: the collectives in launch order, for ranks to compare (``collectives.fingerprint``).
         launches, library_calls, collectives: steps of one call.
         fallbacks: library calls made for want of a lowering rule, by op.
     """
@@ -63,7 +63,7 @@ class Facts:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the plan without its comments: equal on ranks that run the same program."""
+        """SHA-256 of the lines without their comments: equal on ranks that launch the same collectives."""
         bare = "\n".join(line.split("  # ")[0] for line in self.lines)
         return hashlib.sha256(bare.encode()).hexdigest()
 
