@@ -48,7 +48,8 @@ def backend(options: Options, observe: Observer | None = None) -> Callable[..., 
                 observe(built)
             return built.run
 
-        return capture(gm, example_inputs, compile_captured)
+        with TALLY.timed("capture"):
+            return capture(gm, example_inputs, compile_captured)
 
     return run
 

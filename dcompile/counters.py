@@ -23,7 +23,8 @@ class Counters:
         collectives: collectives started in one call of every graph.
         fallbacks: library calls made for want of a lowering rule, by op name.
         cache_hits, cache_misses: graphs loaded from, and not found in, the disk cache.
-        seconds: wall seconds by stage.
+        seconds: wall seconds by stage; a stage inside another one counts only for itself.
+        stage: what is being compiled at this moment (``"fuse"``, ``"c++ compiler"``), ``""`` when nothing is.
     """
 
     graphs: int = 0
@@ -36,6 +37,7 @@ class Counters:
     cache_hits: int = 0
     cache_misses: int = 0
     seconds: Counter[str] = field(default_factory=Counter)
+    stage: str = ""
 
 
 class Tally:
@@ -44,7 +46,8 @@ class Tally:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._now = Counters()
-        self.stage = ""
+        self._stages: list[str] = []
+        self._open = threading.local()  # seconds spent in inner blocks, for each block this thread is in
 
     def add(self, **amounts: int) -> None:
         with self._lock:
@@ -56,20 +59,28 @@ class Tally:
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
-        """Adds the wall time of the block to ``seconds[stage]``; ``stage`` is what a progress display may show."""
-        outer, self.stage = self.stage, stage
+        """Adds the wall time of the block to ``seconds[stage]``; meanwhile ``stage`` is what snapshots show."""
+        inner: list[float] = self._open.__dict__.setdefault("inner", [])
+        inner.append(0.0)
+        with self._lock:
+            self._stages.append(stage)
         began = time.perf_counter()
         try:
             yield
         finally:
-            self.stage = outer
+            took = time.perf_counter() - began
+            own = took - inner.pop()
+            if inner:
+                inner[-1] += took
             with self._lock:
-                self._now.seconds[stage] += time.perf_counter() - began  # type: ignore[assignment]
+                self._stages.remove(stage)
+                self._now.seconds[stage] += own  # type: ignore[assignment]
 
     def snapshot(self) -> Counters:
         with self._lock:
             now = self._now
-            return replace(now, fallbacks=Counter(now.fallbacks), seconds=Counter(now.seconds))
+            stage = self._stages[-1] if self._stages else ""
+            return replace(now, fallbacks=Counter(now.fallbacks), seconds=Counter(now.seconds), stage=stage)
 
     def reset(self) -> None:
         with self._lock:

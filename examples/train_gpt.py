@@ -27,7 +27,17 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
+from rich.text import Text
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.nn.parallel import DistributedDataParallel
@@ -234,6 +244,19 @@ def mean_over_ranks(loss: Tensor, world: int) -> float:
     return float(total) / world
 
 
+def compile_stage() -> str:
+    """What dcompile is doing at this moment, "" if it is not compiling or not in use."""
+    used = sys.modules.get("dcompile")
+    return used.counters().stage if used else ""
+
+
+class StageColumn(ProgressColumn):
+    """The compile stage, while there is one."""
+
+    def render(self, task: Task) -> Text:
+        return Text(compile_stage(), style="cyan")
+
+
 class Display:
     """Progress on rank 0: a bar in a terminal, plain lines elsewhere; other ranks are silent."""
 
@@ -248,6 +271,7 @@ class Display:
         self.bar = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}"),
+            StageColumn(),
             BarColumn(),
             TaskProgressColumn(),
             TimeElapsedColumn(),
@@ -274,6 +298,18 @@ class Display:
         self.bar.update(self.task, completed=step, description=line)
         if self.bar.disable and (step in (self.first + 1, self.first + 2, self.steps) or step % self.every == 0):
             self.say(line)
+
+
+def compile_stages(backend: str) -> str:
+    """What compiling took, stage by stage, the longest first."""
+    if backend != "dcompile":
+        return "compiled" if backend != "eager" else "not compiled"
+    import dcompile
+
+    counted = dcompile.counters()
+    stages = ", ".join(f"{stage} {seconds:.2f} s" for stage, seconds in counted.seconds.most_common())
+    cached = f" ({counted.cache_hits} from the cache)" if counted.cache_hits else ""
+    return f"compiled {counted.graphs} graphs{cached} with {counted.kernels} kernels: {stages}"
 
 
 def communication_hidden(backend: str) -> str:
@@ -322,6 +358,8 @@ def train(given: argparse.Namespace, rank: int, world: int, device: torch.device
             optimizer.zero_grad(set_to_none=True)
             mean = mean_over_ranks(loss, world)
             seconds = time.perf_counter() - began
+            if step == first:
+                display.say(compile_stages(given.backend))
             display.step(step + 1, mean, seconds)
             if log:
                 print(json.dumps({"step": step + 1, "loss": mean, "seconds": seconds}), file=log, flush=True)

@@ -146,13 +146,13 @@ GLOO_LOOPBACK = LinkModel(
     hop_us=150,
     slowdown={Kind.ALL_GATHER: 3.3, Kind.REDUCE_SCATTER: 4.0, Kind.BROADCAST: 0.47, Kind.ALL_TO_ALL: 1.3},
 )
-"""gloo over loopback TCP, two ranks on two cores, one thread each, torch 2.13, best and median of 8-30, in us:
-all-reduce 4 KiB 325-500, 1 MiB 520-2400, 16 MiB 8700-13600, 64 MiB 41600-50100 (1.3-1.6 GB/s); all-gather of a 64 MiB
+"""gloo over loopback TCP, two ranks on two cores, one thread each, torch 2.13, best and median of 8-30, in us: all-
+reduce 4 KiB 325-500, 1 MiB 520-2400, 16 MiB 8700-13600, 64 MiB 41600-50100 (1.3-1.6 GB/s); all-gather of a 64 MiB
 shard 137000-172000, reduce-scatter of 64 MiB 98000-107000 (of 4 MiB 3100-5600), broadcast 18100-23700, all-to-all
-26500-31100. hop: half of an empty all-reduce, which is two steps. contention: the time added
-to 512^3 matmuls that last about four all-reduces, as a share of one all-reduce, medians of 40: 1 MiB 1.4, 4 MiB 0.90,
-8 MiB 0.69, 28 MiB 0.66; the number is the mean of the last three, the sizes of buckets. gloo copies and reduces on a core
-that compute wants; with cores to spare it is less, and a measured table should replace these numbers then."""
+26500-31100. hop: half of an empty all-reduce, which is two steps. contention: the time added to 512^3 matmuls that
+last about four all-reduces, as a share of one all-reduce, medians of 40: 1 MiB 1.4, 4 MiB 0.90, 8 MiB 0.69, 28 MiB
+0.66; the number is the mean of the last three, the sizes of buckets. gloo copies and reduces on a core that compute
+wants; with cores to spare it is less, and a measured table should replace these numbers then."""
 
 H200 = Roofline(
     flops_per_us=3.0e7,

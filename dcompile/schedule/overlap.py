@@ -116,7 +116,7 @@ def best_schedule(problem: Problem, program: Candidate, bound_us: float, cap_byt
 
 
 def _better(new: Candidate, old: Candidate) -> bool:
-    """Faster; or equally fast (within ``GAIN``, not slower) and standing still less; or that too, with a smaller peak."""
+    """Faster; or equally fast (within ``GAIN``, not slower) and standing still less; or as much with a smaller peak."""
     if abs(new.makespan_us - old.makespan_us) > GAIN * old.makespan_us:
         return new.makespan_us < old.makespan_us
     if new.makespan_us > old.makespan_us:

@@ -1,0 +1,144 @@
+"""How each kernel is cut into programs: block sizes and warps by shape, as data. The printer decides nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import sympy
+
+from dcompile.errors import CompilerBug
+from dcompile.ir.graph import hint
+from dcompile.ir.index import product
+from dcompile.ir.kernel import Fold, Kernel, Let, Nest, Role, Scratch, Stmt, Write
+from dcompile.ir.nodes import Axis
+from dcompile.ir.types import Size
+
+PROGRAMS = 264
+"""Programs that fill the GPU: two for each of an H200's 132 multiprocessors."""
+
+PERSISTENT = 16384
+"""Longest inner range held in registers at once: 32 f32 values in each of 512 threads."""
+
+SCRATCH_PERSISTENT = 32768
+"""The same for kernels with scratch memory, which exists in registers only: the scheduler's limit of bytes a row, so the
+longest row that can have scratch."""
+
+FLAT = ((2**17, 256, 4), (2**62, 1024, 4))
+"""(elements up to, block, warps) of kernels without an inner range: small ones are spread over more programs, large
+ones give a thread 8 elements, two 16-byte accesses of f32."""
+
+ROW_TILE = 2048
+"""Elements of a program that holds several short rows."""
+
+LOOP_BLOCK = 4096
+"""Elements of a long row in one step of the loop over it, 16 in each of 256 threads."""
+
+COLUMN_TILE = 4096
+"""Elements of one step of a column reduction."""
+
+COLUMN_WIDTH = (64, 16)
+"""Columns of a program: widest first; 16 f32 are two 32-byte sectors, less wastes bandwidth."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel's cut.
+
+    Attributes:
+        block: outer positions of a program, a power of two.
+        inner: inner positions handled at once, a power of two; 0 for kernels without an inner range.
+        persistent: ``inner`` covers the whole inner range, so that rows stay in registers between passes.
+        num_warps: warps of 32 threads of a program.
+    """
+
+    block: int
+    inner: int
+    persistent: bool
+    num_warps: int
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A kernel body seen as outer positions around inner ranges.
+
+    Attributes:
+        outer: axes of the one nest around everything; empty for a single position.
+        inner: axes of each fold and nest inside.
+        body: the statements of one outer position.
+        column: neighbouring outer positions are neighbours in memory.
+        scratch: has scratch memory.
+    """
+
+    outer: tuple[Axis, ...]
+    inner: tuple[tuple[Axis, ...], ...]
+    body: tuple[Stmt, ...]
+    column: bool
+    scratch: bool
+
+
+def shape_of(kernel: Kernel) -> Shape:
+    """The form of a kernel body.
+
+    Raises:
+        CompilerBug: nests deeper than outer positions around inner ranges, which fusion does not emit.
+    """
+    outer: tuple[Axis, ...] = ()
+    body, column = kernel.body, False
+    if len(body) == 1 and isinstance(body[0], Nest):
+        outer, body = body[0].axes, body[0].body
+        column = bool(body) and kernel.body[0].roles[-1:] == (Role.SIMD,)  # type: ignore[union-attr]
+    inner: list[tuple[Axis, ...]] = []
+    for stmt in body:
+        if isinstance(stmt, Nest):
+            if not all(isinstance(s, Let | Write) for s in stmt.body):
+                raise CompilerBug("a GPU kernel nests loops deeper than outer positions around inner ranges")
+            inner.append(stmt.axes)
+        elif isinstance(stmt, Fold):
+            inner.append(stmt.axes)
+    return Shape(outer, tuple(inner), body, column and bool(inner), any(isinstance(s, Scratch) for s in body))
+
+
+def choose_launch(kernel: Kernel, hints: Mapping[sympy.Symbol, int]) -> Launch:
+    """The cut of ``kernel`` at the size hints.
+
+    Raises:
+        CompilerBug: a kernel form that fusion does not emit.
+    """
+    shape = shape_of(kernel)
+    outer = _extent(shape.outer, hints)
+    if not shape.inner:
+        _, block, warps = next(rule for rule in FLAT if outer <= rule[0])
+        block = min(block, max(power_of_two(outer), 32))
+        return Launch(block, 0, False, max(1, min(warps, block // 64)))
+    inner = max(_extent(axes, hints) for axes in shape.inner)
+    static = all(isinstance(size, int) for axes in shape.inner for _, size in axes)
+    whole = power_of_two(inner)
+    if shape.column:
+        width = next((w for w in COLUMN_WIDTH if outer >= w * PROGRAMS), COLUMN_WIDTH[-1])
+        width = min(width, power_of_two(outer))
+        rows = min(whole, max(COLUMN_TILE // width, 1))
+        return Launch(width, rows, static and rows == whole, _warps(width * rows, 512))
+    if static and whole <= (SCRATCH_PERSISTENT if shape.scratch else PERSISTENT):
+        block = max(1, min(power_of_two(outer), ROW_TILE // whole))
+        while block > 1 and outer < block * PROGRAMS:
+            block //= 2
+        return Launch(block, whole, True, _warps(block * whole, 512))
+    if shape.scratch:
+        raise CompilerBug(f"a GPU kernel has scratch memory for rows of {inner} elements")
+    return Launch(1, min(LOOP_BLOCK, whole), False, 8)
+
+
+def _warps(elements: int, each: int) -> int:
+    """Warps for so many elements, ``each`` a warp."""
+    return max(1, min(16, power_of_two(elements) // each))
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is not below ``n``."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def _extent(axes: tuple[Axis, ...], hints: Mapping[sympy.Symbol, int]) -> int:
+    total: Size = product(tuple(size for _, size in axes))
+    return hint(total, hints)
