@@ -20,7 +20,8 @@ from dcompile.analyse.context import Context
 from dcompile.analyse.cost import CostModel
 from dcompile.analyse.verify import verify
 from dcompile.codegen.cpp import CppModule, print_cpp
-from dcompile.codegen.wrapper import print_host
+from dcompile.codegen.triton import TritonModule, print_triton
+from dcompile.codegen.wrapper import CallSite, print_host
 from dcompile.collectives.fingerprint import communication_lines
 from dcompile.collectives.nodes import Start, Wait
 from dcompile.collectives.text import print_graph
@@ -35,8 +36,9 @@ from dcompile.options import Options
 from dcompile.plan import Plan
 from dcompile.runtime.cache import Cache, cache_key
 from dcompile.runtime.comm import group_size
-from dcompile.runtime.compiled import Arity, CompiledGraph, Facts, read_facts, write_entry
+from dcompile.runtime.compiled import Arity, CompiledGraph, Facts, read_facts, write_entry, write_gpu_kernels
 from dcompile.runtime.toolchain import compiler_fingerprint, find_compiler
+from dcompile.runtime.triton_kernels import triton_fingerprint
 from dcompile.schedule.bucket import bucket_collectives
 from dcompile.schedule.fuse import fuse
 from dcompile.schedule.in_place import donate_sources, recover_in_place
@@ -150,6 +152,13 @@ class Built:
     seconds: Mapping[str, float] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Kernels:
+    """Launches of the kernels of all devices, by position."""
+
+    calls: Mapping[int, CallSite]
+
+
 def compile_graph(gm: fx.GraphModule, name: str, options: Options) -> Built:
     """One captured graph, through the whole house. ``name`` may end in a number, which artifacts do not depend on.
 
@@ -178,14 +187,16 @@ def compile_graph(gm: fx.GraphModule, name: str, options: Options) -> Built:
         return Built(name, CompiledGraph(name, ready, lowered.group_names, complete, options))
     plan = run_passes(lowered.graph, _context(lowered, options), watch)
     with watch.stage("codegen"):
-        module = print_cpp(plan.graph)
-        host = print_host(plan, module, name, options.timeline)
-    watch.code(module.source, host)
-    facts = _facts(plan, module)
+        module, gpu = print_cpp(plan.graph), print_triton(plan.graph)
+        host = print_host(plan, Kernels({**module.calls, **gpu.calls}), name, options.timeline)
+    watch.code(gpu.source or module.source, host)
+    facts = _facts(plan, module, gpu)
 
     def build(folder: Path) -> None:
         with TALLY.timed("c++ compiler"):
             write_entry(folder, host, module.source, facts, options.cxx)
+        with TALLY.timed("triton compiler"):
+            write_gpu_kernels(folder, gpu.source, gpu.signatures)
 
     _count(facts, misses=1)
     building = _BUILDERS.submit(cache.fetch, key, build)
@@ -204,7 +215,8 @@ def _cache(folder: Path | None, deadline_s: float) -> Cache:
 
 def _context(lowered: Lowered, options: Options) -> Context:
     groups = [node.group.size for node in lowered.graph.nodes if isinstance(node, Start)]
-    return Context(options, CostModel.analytical("cpu", max(groups, default=1)))
+    device = "cuda" if "cuda" in _devices(lowered.graph) else "cpu"
+    return Context(options, CostModel.analytical(device, max(groups, default=1)))
 
 
 def _key(lowered: Lowered, options: Options) -> str:
@@ -215,7 +227,8 @@ def _key(lowered: Lowered, options: Options) -> str:
         options.timeline,
         _own_sources(),
         torch.__version__,
-        compiler_fingerprint(options.cxx),
+        compiler_fingerprint(options.cxx) if "cpu" in _loop_devices(lowered.graph) else None,
+        triton_fingerprint() if "cuda" in _devices(lowered.graph) else None,
     )
 
 
@@ -229,21 +242,22 @@ def _own_sources() -> str:
     return digest.hexdigest()
 
 
-def _facts(plan: Plan, module: CppModule) -> Facts:
+def _facts(plan: Plan, module: CppModule, gpu: TritonModule) -> Facts:
     externs = [node for node in plan.graph.nodes if isinstance(node, Extern)]
     return Facts(
         functions={name: Arity(s.buffers, s.sizes) for name, s in module.signatures.items()},
         lines=communication_lines(plan.graph),
-        launches=len(module.calls),
+        launches=len(module.calls) + len(gpu.calls),
         library_calls=len(externs),
         collectives=sum(isinstance(node, Start) for node in plan.graph.nodes),
         fallbacks=Counter(node.op for node in externs if node.fallback),
+        gpu_functions=len(gpu.signatures),
     )
 
 
 def _count(facts: Facts, hits: int = 0, misses: int = 0) -> None:
     TALLY.add(
-        kernels=len(facts.functions),
+        kernels=len(facts.functions) + facts.gpu_functions,
         kernel_launches=facts.launches,
         library_calls=facts.library_calls,
         collectives=facts.collectives,
@@ -260,14 +274,35 @@ def _complete(extra_inputs: tuple[Extra, ...], inputs: list[Any]) -> None:
 
 def _why_no_kernels(graph: Graph, options: Options) -> str | None:
     """Why no kernels can be made for ``graph``; None if they can."""
-    devices = {d.device for d in graph.defs.values() if isinstance(d, Value)} - {"cpu"}
-    if devices:
-        return f"there is no kernel printer for {', '.join(sorted(devices))}"
-    try:
-        find_compiler(options.cxx)
-    except ToolchainError as error:
-        return str(error)
+    devices = _devices(graph)
+    if strange := devices - {"cpu", "cuda"}:
+        return f"there is no kernel printer for {', '.join(sorted(strange))}"
+    if "cuda" in devices:
+        if triton_fingerprint() is None:
+            return "GPU kernels need Triton and a CUDA device"
+        for node in graph.nodes:
+            if isinstance(node, Pointwise | Reduction | Store) and len(mixed := _touched(graph, node)) > 1:
+                return f"{', '.join(node.origin.ops)} mixes tensors of {' and '.join(sorted(mixed))}"
+    if "cpu" in _loop_devices(graph):
+        try:
+            find_compiler(options.cxx)
+        except ToolchainError as error:
+            return str(error)
     return None
+
+
+def _devices(graph: Graph) -> set[str]:
+    return {found.device for found in graph.defs.values() if isinstance(found, Value)}
+
+
+def _loop_devices(graph: Graph) -> set[str]:
+    """Devices that kernels are compiled for; copies of views on a device become kernels too."""
+    return {n.out.device for n in graph.nodes if isinstance(n, Pointwise | Reduction | Store | View)}
+
+
+def _touched(graph: Graph, node: Pointwise | Reduction | Store) -> set[str]:
+    """Devices of the tensors a loop reads and writes."""
+    return {node.out.device} | {graph.value(name).device for name in node.operands}
 
 
 def _op_by_op(gm: fx.GraphModule, name: str, reason: str) -> Built:

@@ -15,7 +15,7 @@ from dcompile.ir.types import Value
 from dcompile.plan import Plan
 
 RESERVED = frozenset({"rt", "torch", "call", "views", "arena", "block", "inputs", "result", "first", "rc", "threads"})
-RESERVED |= {"clock", "alias", "fits", "start", "wait", "empty_strided", "LAYOUTS", "SHAPES", "STEPS", "shapes"}
+RESERVED |= {"clock", "alias", "fits", "start", "wait", "stream", "empty_strided", "LAYOUTS", "SHAPES", "STEPS", "shapes"}
 RESERVED |= {"cpu", "cuda", "device_cuda", "max", "min", "float", "_"}
 """Identifiers that host programs use themselves."""
 
@@ -186,8 +186,10 @@ class HostFrame(HostMemory):
 
     def _prologue(self, arena: bool) -> list[str]:
         lines = []
-        if any(isinstance(node, Kernel) for node in self.graph.nodes):
+        kernels = {out.device for node in self.graph.nodes if isinstance(node, Kernel) for out in node.outs}
+        if "cpu" in kernels:
             lines.append("threads = rt.threads()")
+        lines += [f"stream = rt.stream(device_{device})" for device in sorted(kernels - {"cpu"})]
         if self.timeline:
             lines.append("clock = rt.clock(STEPS)")
         if self.handles:

@@ -6,9 +6,10 @@ load and store is masked by the positions that exist, and inside ``Masked`` by i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import sympy
 
@@ -68,41 +69,34 @@ class KernelPrinter:
         self.scopes = [Scope(symbols=dict(sizes))]
         self.extents: dict[sympy.Symbol, Size] = {}
         self.dims: dict[str, frozenset[int]] = {}
-        self.active: frozenset[int] = frozenset()
+        self.active = frozenset({OUTER})
         self.masks: list[str] = []
         self.scratch: dict[str, tuple[sympy.Expr, str] | None] = {}
         self.kept: dict[tuple[str, sympy.Expr], str] = {}
         self.reports = False
         self.dirty = False
         self._count = 0
-        self._wide: dict[sympy.Symbol, str] = {}
+        self._shared: Scope | None = None
 
     def print(self) -> list[str]:
         """The lines of the body."""
         total = product(tuple(size for _, size in self.shape.outer))
-        self._range("x", OUTER, total, "tl.program_id(0)", "X")
-        self._axes("x", self.shape.outer, OUTER)
-        for stmt in self.shape.body:
-            self._statement(stmt)
+        program = "tl.program_id(0)" if _is_narrow(total) else "tl.program_id(0).to(tl.int64)"
+        self.line(f"x = {program} * X + tl.arange(0, X){'' if self.shape.inner is None else '[:, None]'}")
+        self._enter("x", OUTER, self.shape.outer)
+        self._statements(self.shape.body)
         return self.lines
 
     # positions
 
-    def _range(self, name: str, dim: int, total: Size, block: str, width: str) -> None:
-        """The positions of a block along ``dim`` and the mask of those that exist."""
-        start = block if isinstance(total, int) and total <= INT32_REACH else f"{block}.to(tl.int64)"
-        positions = f"tl.arange(0, {width})"
-        if self.shape.inner:
-            positions += "[:, None]" if dim == OUTER else "[None, :]"
-        self.line(f"{name} = {start} * {width} + {positions}")
-        self.line(f"{name}_here = {name} < {self._size(total)}")
+    def _enter(self, name: str, dim: int, axes: tuple[Axis, ...]) -> None:
+        """The mask of the positions that exist among ``name``'s, and one variable for each axis, row-major."""
+        self.line(f"{name}_here = {name} < {self._size(product(tuple(size for _, size in axes)))}")
         self.dims[name] = self.dims[f"{name}_here"] = frozenset({dim})
-        self.active |= {dim}
+        self._axes(name, axes, dim)
 
     def _axes(self, name: str, axes: tuple[Axis, ...], dim: int) -> None:
-        """One variable for each axis of a flattened range, row-major."""
         step: Size = 1
-        total = product(tuple(size for _, size in axes))
         for number, (var, extent) in reversed(list(enumerate(axes))):
             text = name if step == 1 else f"{name} // {self._size(step)}"
             if number > 0:
@@ -111,7 +105,6 @@ class KernelPrinter:
             text = name if text == name else self.define(text, frozenset({dim}))
             self.scopes[-1].symbols[var] = text
             step = product((step, extent))
-        del total
 
     def _size(self, size: Size) -> str:
         return index_text(as_expr(size), lambda symbol: self._symbol(symbol, {}))
@@ -152,15 +145,15 @@ class KernelPrinter:
         return name
 
     @contextmanager
-    def scope(self) -> Iterator[None]:
-        """Names defined inside are forgotten afterwards."""
-        self.scopes.append(Scope())
-        active = self.active
+    def scope(self, known: Scope | None = None) -> Iterator[None]:
+        """The inner range; names defined inside are forgotten afterwards, or kept in ``known``."""
+        self.scopes.append(known or Scope())
+        self.active = frozenset({OUTER, INNER})
         try:
             yield
         finally:
             self.scopes.pop()
-            self.active = active
+            self.active = frozenset({OUTER})
 
     # statements
 
@@ -173,45 +166,43 @@ class KernelPrinter:
             self.dtypes[stmt.name] = stmt.dtype
             self.scratch[stmt.name] = None
         elif isinstance(stmt, Nest):
-            self._inner(stmt.axes, lambda: [self._statement(s) for s in stmt.body])
+            self._inner(stmt.axes, partial(self._statements, stmt.body))
         else:
             self._fold(stmt)
+
+    def _statements(self, body: tuple[Stmt, ...]) -> None:
+        for stmt in body:
+            self._statement(stmt)
 
     def _let(self, stmt: Let) -> None:
         self.scopes[-1].locals[stmt.name] = self.value(stmt.expr)
 
-    def _inner(self, axes: tuple[Axis, ...], body: object) -> None:
+    def _inner(self, axes: tuple[Axis, ...], body: Callable[[], None]) -> None:
         """``body`` for every inner position: at once, or block by block."""
         total = product(tuple(size for _, size in axes))
-        if self.dirty and not self.launch.persistent:
-            self.line("tl.debug_barrier()")  # other threads of this program wrote what is read now
-            self.dirty = False
+        if self.launch.persistent:
+            with self.scope(self._shared):
+                if self._shared is None:
+                    self.line("r = tl.arange(0, R)[None, :]")
+                    self._enter("r", INNER, axes)
+                    self._shared = self.scopes[-1]
+                body()
+            return
+        self._settle()
+        self.line(f"for r_start in range(0, {self._size(total)}, R):")
+        self.depth += 1
         with self.scope():
-            if self.launch.persistent:
-                self._range("r", INNER, total, "0", "R") if False else self._whole(total)
-                self._axes("r", axes, INNER)
-                body()  # type: ignore[operator]
-            else:
-                self.line(f"for r_start in range(0, {self._size(total)}, R):")
-                self.depth += 1
-                self._block(total)
-                self._axes("r", axes, INNER)
-                body()  # type: ignore[operator]
-                self.depth -= 1
+            start = "r_start" if _is_narrow(total) else "tl.cast(r_start, tl.int64)"
+            self.line(f"r = {start} + tl.arange(0, R)[None, :]")
+            self._enter("r", INNER, axes)
+            body()
+        self.depth -= 1
 
-    def _whole(self, total: Size) -> None:
-        self.line("r = tl.arange(0, R)[None, :]")
-        self._here(total)
-
-    def _block(self, total: Size) -> None:
-        wide = isinstance(total, int) and total <= INT32_REACH
-        self.line(f"r = {'r_start' if wide else 'tl.cast(r_start, tl.int64)'} + tl.arange(0, R)[None, :]")
-        self._here(total)
-
-    def _here(self, total: Size) -> None:
-        self.line(f"r_here = r < {self._size(total)}")
-        self.dims["r"] = self.dims["r_here"] = frozenset({INNER})
-        self.active |= {INNER}
+    def _settle(self) -> None:
+        """Before a read of what other threads of this program may have written."""
+        if self.dirty:
+            self.line("tl.debug_barrier()")
+            self.dirty = False
 
     def _mask(self, dims: frozenset[int]) -> list[str]:
         """Conditions under which an access that varies along ``dims`` happens."""
@@ -235,19 +226,14 @@ class KernelPrinter:
         stored = f"({value}).to({type_text(dtype)})" if dtype.is_low_precision else value
         guard = f", mask={' & '.join(mask)}" if mask else ""
         if stmt.mode == "add":
-            if dtype.itemsize == 1 or dtype is DType.I16 or dtype is DType.BOOL:
+            if dtype.itemsize == 1 or dtype is DType.I16:
                 raise CompilerBug(f"no GPU adds {dtype.value} elements atomically")
-            shaped = self._shaped(stored, self.active)
-            self.line(f'tl.atomic_add({pointer}, {shaped}{guard}, sem="relaxed")')
+            self.line(f'tl.atomic_add({pointer}, {stored}{guard}, sem="relaxed")')
         else:
             self.line(f"tl.store({pointer}, {stored}{guard})")
             if not stmt.bind:
                 self.kept[stmt.buffer, stmt.address] = value
         self.dirty = True
-
-    def _shaped(self, text: str, dims: frozenset[int]) -> str:
-        """``text`` broadcast along ``dims``."""
-        return f"tl.where({' & '.join(self._mask(dims) or ['True'])}, {text}, 0)" if dims else text
 
     def _not_empty(self, bind: Sequence[ex.Expr]) -> list[str]:
         """Conditions under which positions that ``wrap_index`` gives exist at all."""
@@ -262,13 +248,13 @@ class KernelPrinter:
         accumulators = [(f"acc{self._count + n}", acc) for n, acc in enumerate(stmt.accumulators)]
         self._count += len(accumulators)
         total = product(tuple(size for _, size in stmt.axes))
-        positions = "tl.int32" if isinstance(total, int) and total <= INT32_REACH else "tl.int64"
+        positions = "tl.int32" if _is_narrow(total) else "tl.int64"
         last = "2147483647" if positions == "tl.int32" else "9223372036854775807"
         if not self.launch.persistent:
             for name, acc in accumulators:
                 kind = register_text(_accumulated(acc.expr.dtype))
                 self.line(f"{name} = tl.full([X, R], {neutral(acc.kind, acc.expr.dtype)}, {kind})")
-                if acc.dtype is DType.I64 and acc.kind.startswith("arg"):
+                if acc.kind.startswith("arg"):
                     self.line(f"{name}_at = tl.full([X, R], {last}, {positions})")
 
         def element() -> None:
@@ -406,12 +392,11 @@ class KernelPrinter:
         if node.buffer in self.scratch:
             return self._from_scratch(node)
         if self.launch.persistent and node.buffer in self.own and not node.bind:
-            kept = self.kept.get((node.buffer, self._canonical(node.index[0])))
+            kept = self.kept.get((node.buffer, node.index[0]))
             if kept is not None:
                 return kept
-        if node.buffer in self.own and self.dirty:
-            self.line("tl.debug_barrier()")
-            self.dirty = False
+        if node.buffer in self.own:
+            self._settle()
         address, dims = self.index(node.index[0], node.bind)
         guards = self._not_empty(node.bind)
         wanted = dims.union(*(self.dims[mask] for mask in self.masks))
@@ -422,18 +407,16 @@ class KernelPrinter:
             text += ".to(tl.float32)"
         return self.define(text, wanted)
 
-    def _canonical(self, address: sympy.Expr) -> sympy.Expr:
-        """``address`` of this pass over the inner range in the variables of the pass that wrote it."""
-        return address.xreplace(self._same_position())
-
-    def _same_position(self) -> dict[sympy.Symbol, sympy.Symbol]:
-        raise CompilerBug("positions are compared before inner ranges exist")
-
     def _from_scratch(self, node: ex.Load) -> str:
         written = self.scratch[node.buffer]
-        if written is None or self._canonical(node.index[0]) != written[0]:
+        if written is None or node.index[0] != written[0]:
             raise CompilerBug(f"scratch memory {node.buffer} is read at another position than it was written")
         return written[1]
+
+
+def _is_narrow(total: Size) -> bool:
+    """Whether positions of a range of ``total`` fit 32 bits."""
+    return isinstance(total, int) and total <= INT32_REACH
 
 
 def _accumulated(dtype: DType) -> DType:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import sympy
 
 from dcompile.errors import CompilerBug
+from dcompile.ir import expr as ex
 from dcompile.ir.graph import hint
 from dcompile.ir.index import product
 from dcompile.ir.kernel import Fold, Kernel, Let, Nest, Role, Scratch, Stmt, Write
@@ -64,14 +66,14 @@ class Shape:
 
     Attributes:
         outer: axes of the one nest around everything; empty for a single position.
-        inner: axes of each fold and nest inside.
+        inner: axes of the folds and nests inside, the same for all; None if there are none.
         body: the statements of one outer position.
         column: neighbouring outer positions are neighbours in memory.
         scratch: has scratch memory.
     """
 
     outer: tuple[Axis, ...]
-    inner: tuple[tuple[Axis, ...], ...]
+    inner: tuple[Axis, ...] | None
     body: tuple[Stmt, ...]
     column: bool
     scratch: bool
@@ -88,15 +90,49 @@ def shape_of(kernel: Kernel) -> Shape:
     if len(body) == 1 and isinstance(body[0], Nest):
         outer, body = body[0].axes, body[0].body
         column = bool(body) and kernel.body[0].roles[-1:] == (Role.SIMD,)  # type: ignore[union-attr]
-    inner: list[tuple[Axis, ...]] = []
-    for stmt in body:
-        if isinstance(stmt, Nest):
-            if not all(isinstance(s, Let | Write) for s in stmt.body):
-                raise CompilerBug("a GPU kernel nests loops deeper than outer positions around inner ranges")
-            inner.append(stmt.axes)
-        elif isinstance(stmt, Fold):
-            inner.append(stmt.axes)
-    return Shape(outer, tuple(inner), body, column and bool(inner), any(isinstance(s, Scratch) for s in body))
+    ranges = [stmt for stmt in body if isinstance(stmt, Nest | Fold)]
+    for stmt in ranges:
+        if isinstance(stmt, Nest) and not all(isinstance(s, Let | Write) for s in stmt.body):
+            raise CompilerBug("a GPU kernel nests loops deeper than outer positions around inner ranges")
+        if tuple(size for _, size in stmt.axes) != tuple(size for _, size in ranges[0].axes):
+            raise CompilerBug("a GPU kernel has inner ranges of different extents")
+    inner = ranges[0].axes if ranges else None
+    if inner is not None:
+        body = tuple(_over(stmt, inner) for stmt in body)
+    return Shape(outer, inner, body, column and inner is not None, any(isinstance(s, Scratch) for s in body))
+
+
+def _over(stmt: Stmt, axes: tuple[Axis, ...]) -> Stmt:
+    """An inner range over the variables of ``axes``, so that equal values in different ranges are equal expressions."""
+    if not isinstance(stmt, Nest | Fold) or stmt.axes == axes:
+        return stmt
+    names = {old: new for (old, _), (new, _) in zip(stmt.axes, axes, strict=True)}
+    if isinstance(stmt, Nest):
+        return replace(stmt, axes=axes, body=tuple(_renamed(s, names) for s in stmt.body))
+    return replace(
+        stmt,
+        axes=axes,
+        accumulators=tuple(replace(a, expr=ex.substitute(a.expr, names)) for a in stmt.accumulators),
+        lets=tuple(_renamed(s, names) for s in stmt.lets),
+        writes=tuple(_renamed(s, names) for s in stmt.writes),
+    )
+
+
+S = TypeVar("S", bound=Stmt)
+
+
+def _renamed(stmt: S, names: Mapping[sympy.Symbol, sympy.Expr]) -> S:
+    """A let or a write over other loop variables."""
+    if isinstance(stmt, Let):
+        return replace(stmt, expr=ex.substitute(stmt.expr, names))
+    if isinstance(stmt, Write):
+        return replace(
+            stmt,
+            address=stmt.address.xreplace(names),
+            expr=ex.substitute(stmt.expr, names),
+            bind=tuple(ex.substitute(b, names) for b in stmt.bind),
+        )
+    return stmt
 
 
 def choose_launch(kernel: Kernel, hints: Mapping[sympy.Symbol, int]) -> Launch:
@@ -107,12 +143,12 @@ def choose_launch(kernel: Kernel, hints: Mapping[sympy.Symbol, int]) -> Launch:
     """
     shape = shape_of(kernel)
     outer = _extent(shape.outer, hints)
-    if not shape.inner:
+    if shape.inner is None:
         _, block, warps = next(rule for rule in FLAT if outer <= rule[0])
         block = min(block, max(power_of_two(outer), 32))
         return Launch(block, 0, False, max(1, min(warps, block // 64)))
-    inner = max(_extent(axes, hints) for axes in shape.inner)
-    static = all(isinstance(size, int) for axes in shape.inner for _, size in axes)
+    inner = _extent(shape.inner, hints)
+    static = all(isinstance(size, int) for _, size in shape.inner)
     whole = power_of_two(inner)
     if shape.column:
         width = next((w for w in COLUMN_WIDTH if outer >= w * PROGRAMS), COLUMN_WIDTH[-1])

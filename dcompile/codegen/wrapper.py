@@ -28,7 +28,7 @@ SEEDS = "dcompile.seeds"
 
 
 class CallSite(Protocol):
-    """A kernel launch: the C function and what it is called with, in parameter order."""
+    """A kernel launch: the function and what it is called with, in parameter order."""
 
     @property
     def function(self) -> str: ...
@@ -100,6 +100,9 @@ class _Printer(HostFrame):
         function = self.bind("kernel", site.function)
         arguments = [self.pointer(name) for name in site.buffers]
         arguments += [size_text(symbol, self.symbols) for symbol in site.sizes]
+        if any(out.device != "cpu" for out in node.outs):  # launches return at once; faults show at the next call
+            self.say(f"{function}({', '.join([*arguments, 'stream'])})", self._comment(position, node))
+            return
         where = where_text(node.origin) or site.function
         self.say(f"if rc := {function}({', '.join([*arguments, 'threads'])}):", self._comment(position, node))
         self.say(f"    rt.fault(rc, {where!r})")

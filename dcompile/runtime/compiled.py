@@ -18,6 +18,7 @@ from dcompile.runtime.comm import TorchComm
 from dcompile.runtime.program import Executable
 from dcompile.runtime.timeline import RECORDER
 from dcompile.runtime.toolchain import compile_shared, load_functions
+from dcompile.runtime.triton_kernels import GpuKernels, HasSignature, compile_module
 
 HOST, SOURCE, LIBRARY, FACTS = "host.py", "kernels.cpp", "kernels.so", "facts.json"
 
@@ -39,6 +40,7 @@ class Facts:
         lines: the collectives in launch order, for ranks to compare (``collectives.fingerprint``).
         launches, library_calls, collectives: steps of one call.
         fallbacks: library calls made for want of a lowering rule, by op.
+        gpu_functions: number of GPU kernels, which are described in the entry itself.
     """
 
     functions: Mapping[str, Arity]
@@ -47,19 +49,20 @@ class Facts:
     library_calls: int
     collectives: int
     fallbacks: Counter[str]
+    gpu_functions: int = 0
 
     def to_json(self) -> str:
         functions = {name: [arity.buffers, arity.sizes] for name, arity in self.functions.items()}
-        steps = [self.launches, self.library_calls, self.collectives]
+        steps = [self.launches, self.library_calls, self.collectives, self.gpu_functions]
         return json.dumps({"functions": functions, "lines": self.lines, "steps": steps, "fallbacks": self.fallbacks})
 
     @staticmethod
     def from_json(text: str) -> Facts:
         found = json.loads(text)
         functions = {name: Arity(*arity) for name, arity in found["functions"].items()}
-        launches, library_calls, collectives = found["steps"]
+        launches, library_calls, collectives, gpu_functions = found["steps"]
         fallbacks = Counter(found["fallbacks"])
-        return Facts(functions, tuple(found["lines"]), launches, library_calls, collectives, fallbacks)
+        return Facts(functions, tuple(found["lines"]), launches, library_calls, collectives, fallbacks, gpu_functions)
 
     @property
     def fingerprint(self) -> str:
@@ -83,6 +86,16 @@ def write_entry(folder: Path, host: str, source: str, facts: Facts, cxx: str | N
 
 def read_facts(entry: Path) -> Facts:
     return Facts.from_json((entry / FACTS).read_text())
+
+
+def write_gpu_kernels(folder: Path, source: str, signatures: Mapping[str, HasSignature]) -> None:
+    """Add a printed Triton module to a cache entry, compiled for the current device.
+
+    Raises:
+        ToolchainError: Triton is missing or rejects a kernel.
+    """
+    if signatures:
+        compile_module(source, signatures, folder)
 
 
 class CompiledGraph:
@@ -123,11 +136,14 @@ class CompiledGraph:
                 entry = self._entry.result()
                 facts = read_facts(entry)
                 functions = load_functions(entry / LIBRARY, facts.functions) if facts.functions else {}
+                gpu = GpuKernels(entry, self.name) if facts.gpu_functions else None
+                if gpu is not None:
+                    functions = {**functions, **gpu.functions}
                 communicator = TorchComm(self._groups, self._options.deadline_s) if self._groups else None
                 if communicator is not None and self._options.verify_cross_rank:
                     teams = communicator.teams
                     agree_on(teams, self.name, facts.fingerprint, facts.lines, self._options.deadline_s)
                 recorder = RECORDER if self._options.timeline else None
                 source = (entry / HOST).read_text()
-                self._executable = Executable(source, self.name, functions, communicator, recorder)
+                self._executable = Executable(source, self.name, functions, communicator, recorder, gpu)
             return self._executable

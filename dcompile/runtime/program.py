@@ -16,6 +16,7 @@ from dcompile.runtime.externs import check_result, resolve_op
 from dcompile.runtime.inputs import Layout as InputLayout
 from dcompile.runtime.inputs import conform, fits
 from dcompile.runtime.timeline import Clock, Recorder
+from dcompile.runtime.triton_kernels import GpuKernels
 
 
 class Runtime:
@@ -23,9 +24,10 @@ class Runtime:
 
     Args:
         name: of the program, for messages.
-        functions: C functions of the kernels, by symbol.
+        functions: functions of the kernels, by symbol.
         communicator: collectives; None for a program without any.
         recorder: receives step times; None records nothing.
+        gpu: the loaded GPU kernels, if the program has any; their functions are among ``functions``.
     """
 
     alias = staticmethod(alias)
@@ -40,20 +42,28 @@ class Runtime:
         functions: Mapping[str, Callable[..., int]],
         communicator: Communicator | None = None,
         recorder: Recorder | None = None,
+        gpu: GpuKernels | None = None,
     ) -> None:
         self.name = name
         self._functions = functions
         self._communicator = communicator
         self._recorder = recorder
+        self._gpu = gpu
         self._seen: set[object] = set()
         self._arenas: list[Arena] = []
 
     def kernel(self, symbol: str) -> Callable[..., int]:
-        """The C function of that name."""
+        """The function of that name."""
         found = self._functions.get(symbol)
         if found is None:
             raise CompilerBug(f"{self.name}: the compiled kernels have no function {symbol}")
         return found
+
+    def stream(self, device: torch.device) -> int:
+        """Where this call launches GPU kernels; see ``GpuKernels.stream``."""
+        if self._gpu is None:
+            raise CompilerBug(f"{self.name} launches GPU kernels but was loaded without any")
+        return self._gpu.stream(device)
 
     @property
     def comm(self) -> Communicator:
@@ -134,8 +144,8 @@ class Executable:
     Args:
         source: text of the host program (``codegen.wrapper.print_host``).
         name: of the program; shown in messages and tracebacks.
-        functions: C functions of the kernels, by symbol.
-        communicator: see ``Runtime``.
+        functions: functions of the kernels, by symbol.
+        communicator, gpu: see ``Runtime``.
         recorder: see ``Runtime``; needed iff the source was printed with a timeline.
     """
 
@@ -146,10 +156,11 @@ class Executable:
         functions: Mapping[str, Callable[..., int]],
         communicator: Communicator | None = None,
         recorder: Recorder | None = None,
+        gpu: GpuKernels | None = None,
     ) -> None:
         self.source = source
         self.name = name
-        self.runtime = Runtime(name, functions, communicator, recorder)
+        self.runtime = Runtime(name, functions, communicator, recorder, gpu)
         filename = f"<dcompile {name} {id(self):x}>"
         linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
         self._filename = filename

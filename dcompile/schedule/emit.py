@@ -191,7 +191,7 @@ class _Emitter:
 
     def _rows(self) -> tuple[Stmt, ...]:
         members, inner = self.group.members, self.group.domain.inner_axes
-        inner_roles = (Role.SERIAL,) * (len(inner) - (not self.group.column)) + (Role.SIMD,) * (not self.group.column)
+        inner_roles = self._inner_roles(len(inner))
         last = max(self.passes.values()) + 1
         body: list[Stmt] = list(self.scratch.values())
         for number in range(last + 1):
@@ -213,6 +213,13 @@ class _Emitter:
         if self.group.column:
             roles = (*roles[:-1], Role.SIMD)
         return (Nest(axes, roles, tuple(body)),)
+
+    def _inner_roles(self, count: int) -> tuple[Role, ...]:
+        """Lanes along the last inner axis, unless columns have them; threads along the first if nothing is outside."""
+        if self.group.column:
+            return (Role.SERIAL,) * count
+        first = Role.SERIAL if self.group.domain.outer else self._outer_role()
+        return (first,) * (count > 1) + (Role.SERIAL,) * (count - 2) + (Role.SIMD,)
 
     def _fold(
         self,

@@ -26,7 +26,7 @@ from dcompile.ir import expr as ex
 from dcompile.ir.graph import Graph, hint
 from dcompile.ir.index import product
 from dcompile.ir.nodes import Node, Pointwise, Reduction, Store, View
-from dcompile.schedule.emit import Group, Member, emit_kernel
+from dcompile.schedule.emit import PARALLEL_WORK, Group, Member, emit_kernel
 from dcompile.schedule.loops import Domain, Form, coefficient, form_of, place, single_element
 
 MAX_BUFFERS = 32
@@ -35,6 +35,11 @@ prefetchers follow about this many streams."""
 
 MAX_CANDIDATES = 12
 """Groups tried for one node, the ones sharing most bytes first; more were never chosen on GPT and Llama graphs."""
+
+
+SHORTEST_CHUNK, LONGEST_CHUNK = 256, 4096
+"""Elements one thread reduces at a stretch when a whole tensor is reduced: enough to fill vector lanes many times over,
+few enough for the first-level cache."""
 
 
 def fuse(graph: Graph, ctx: Context) -> Graph:
@@ -85,8 +90,13 @@ def is_column(form: Form) -> bool:
 
 
 def natural_domain(form: Form) -> Domain:
-    """The domain a loop would iterate alone."""
-    return Domain(tuple(size for _, size in form.axes), tuple(size for _, size in form.raxes))
+    """The domain a loop would iterate alone. A long reduction to one value gets an axis that threads can share."""
+    inner = tuple(size for _, size in form.raxes)
+    if not form.axes and len(inner) == 1 and isinstance(inner[0], int) and inner[0] >= PARALLEL_WORK:
+        chunk = next((c for c in range(LONGEST_CHUNK, SHORTEST_CHUNK - 1, -1) if inner[0] % c == 0), None)
+        if chunk is not None:
+            inner = (inner[0] // chunk, chunk)
+    return Domain(tuple(size for _, size in form.axes), inner)
 
 
 def _same(a: object, b: object) -> bool:

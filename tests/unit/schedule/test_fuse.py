@@ -4,7 +4,7 @@ import pytest
 
 from dcompile.collectives.text import parse_graph
 from dcompile.ir.graph import Graph
-from dcompile.ir.kernel import Kernel, Nest, Role
+from dcompile.ir.kernel import Fold, Kernel, Nest, Role
 from dcompile.schedule.fuse import fuse
 from tests.unit.schedule.passes import apply, assert_same_numbers, context, same
 
@@ -196,3 +196,18 @@ def test_narrow_results_keep_their_rounding_inside_a_kernel(dtype: str) -> None:
     }}"""
     )
     assert len(kernels(graph)) == 1
+
+
+def test_threads_share_a_long_reduction_to_one_value() -> None:
+    graph = fused(
+        """
+    graph f(x: f32[128, 1024]) {
+      s: f32[] = reduce sum (; r0: 128, r1: 1024) x[r0, r1] * x[r0, r1]
+      return %s
+    }"""
+    )
+    (kernel,) = kernels(graph)
+    fold = kernel.body[0]
+    assert isinstance(fold, Fold)
+    assert fold.roles == (Role.PARALLEL, Role.SIMD)
+    assert [size for _, size in fold.axes] == [32, 4096]

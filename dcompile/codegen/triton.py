@@ -1,0 +1,163 @@
+"""Triton for every CUDA kernel of a graph, as one Python module. Identical kernels are printed once.
+
+A printed function takes the buffers' addresses, then size symbols (i64), then the address of its fault word (i32): a
+kernel leaves 1 there if a data-dependent index was out of range and 2 if an integer was divided by zero, and goes on
+with position 0, or divisor 1. ``X`` and ``R`` are block sizes along outer and inner positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import sympy
+
+from dcompile.codegen.triton_kernel import KernelPrinter
+from dcompile.codegen.triton_launch import Launch, Shape, choose_launch, shape_of
+from dcompile.codegen.triton_prelude import PRELUDE
+from dcompile.codegen.triton_text import POINTER, size_python, type_text
+from dcompile.ir.canonical import Canonical, canonical
+from dcompile.ir.graph import Graph
+from dcompile.ir.index import product, symbol
+from dcompile.ir.kernel import Kernel
+from dcompile.ir.types import Origin, Value
+
+NAMED_OPS = 4
+"""Source ops that enter a function's name; the comment above it lists all."""
+
+COMMENTED_LINES = 6
+"""Source lines listed above a function that serves several kernels."""
+
+
+@dataclass(frozen=True)
+class KernelCall:
+    """One launch of a printed function: values whose addresses are passed, and size symbols, in order."""
+
+    function: str
+    buffers: tuple[str, ...]
+    sizes: tuple[sympy.Symbol, ...]
+
+
+@dataclass(frozen=True)
+class TritonSignature:
+    """How a printed function is compiled and launched.
+
+    Attributes:
+        buffers: Triton pointer type of each buffer.
+        sizes: i64 parameters that follow.
+        launch: block sizes and warps.
+        programs: Python text of the number of programs, over ``s0``, ``s1``, ... (the sizes).
+        where: ops and source lines, for messages.
+    """
+
+    buffers: tuple[str, ...]
+    sizes: int
+    launch: Launch
+    programs: str
+    where: str
+
+
+@dataclass(frozen=True)
+class TritonModule:
+    """A Python module of kernels.
+
+    Attributes:
+        source: its text; imports nothing but triton.
+        calls: for each CUDA kernel's position in ``graph.nodes`` how to call it.
+        signatures: every function of the module.
+    """
+
+    source: str = ""
+    calls: Mapping[int, KernelCall] = field(default_factory=dict)
+    signatures: Mapping[str, TritonSignature] = field(default_factory=dict)
+
+
+def print_triton(graph: Graph, launches: Mapping[int, Launch] | None = None) -> TritonModule:
+    """The CUDA kernels of a KERNELS or ORDERED graph; an empty module if it has none.
+
+    Args:
+        launches: how to cut kernels, by position; ``choose_launch`` decides for those not named.
+
+    Raises:
+        CompilerBug: a kernel breaks the rules of ``ir.kernel``, or adds elements no GPU adds atomically.
+    """
+    values = {name: found for name, found in graph.defs.items() if isinstance(found, Value)}
+    shared: dict[tuple[str, Launch], tuple[Canonical, list[Origin]]] = {}
+    uses: dict[int, tuple[tuple[str, Launch], Canonical]] = {}
+    for position, node in enumerate(graph.nodes):
+        if isinstance(node, Kernel) and any(out.device == "cuda" for out in node.outs):
+            form = canonical(node, values)
+            launch = (launches or {}).get(position) or choose_launch(node, graph.size_hints)
+            key = (form.key, launch)
+            shared.setdefault(key, (form, []))[1].append(node.origin)
+            uses[position] = (key, form)
+    if not uses:
+        return TritonModule()
+    names = {key: _function_name(number, origins[0]) for number, (key, (_, origins)) in enumerate(shared.items())}
+    texts, signatures = [PRELUDE], {}
+    for key, (form, origins) in shared.items():
+        text, signatures[names[key]] = _function(names[key], form, key[1], values, origins)
+        texts.append(text)
+    calls = {at: KernelCall(names[key], form.buffers, form.symbols) for at, (key, form) in uses.items()}
+    return TritonModule("\n\n".join(texts), calls, signatures)
+
+
+def _function_name(number: int, origin: Origin) -> str:
+    """``g3_softmax_exp_sum``: unique by its number, readable by its first ops."""
+    stems = []
+    for op in origin.ops:
+        parts = op.split(".")
+        stem = parts[1] if len(parts) > 1 else parts[0]
+        stem = "".join(c if c.isascii() and c.isalnum() else "_" for c in stem).strip("_")
+        if stem and stem not in stems:
+            stems.append(stem)
+    return "_".join([f"g{number}", *stems[:NAMED_OPS]])
+
+
+def _function(
+    name: str, form: Canonical, launch: Launch, values: Mapping[str, Value], origins: list[Origin]
+) -> tuple[str, TritonSignature]:
+    """One function with the comment above it."""
+    shape = shape_of(form.kernel)
+    dtypes = {f"b{n}": values[buffer].dtype for n, buffer in enumerate(form.buffers)}
+    for dtype in dtypes.values():
+        type_text(dtype)
+    sizes = {symbol(f"n{n}"): f"s{n}" for n in range(len(form.symbols))}
+    printer = KernelPrinter(shape, launch, dtypes, sizes, frozenset(out.name for out in form.kernel.outs))
+    body = printer.print()
+    parameters = [*dtypes, *sizes.values(), "fault", "X: tl.constexpr", "R: tl.constexpr"]
+    lines = [*_comment(origins), "@triton.jit", f"def {name}({', '.join(parameters)}):", *body, ""]
+    signature = TritonSignature(
+        buffers=tuple(POINTER[dtype] for dtype in dtypes.values()),
+        sizes=len(form.symbols),
+        launch=launch,
+        programs=_programs(shape, launch, sizes),
+        where=_where(origins),
+    )
+    return "\n".join(lines), signature
+
+
+def _programs(shape: Shape, launch: Launch, sizes: Mapping[sympy.Symbol, str]) -> str:
+    total = product(tuple(size for _, size in shape.outer))
+    if isinstance(total, int):
+        return str(-(-total // launch.block))
+    return f"-(-{size_python(total, sizes)} // {launch.block})"
+
+
+def _comment(origins: list[Origin]) -> list[str]:
+    ops = list(dict.fromkeys(op for origin in origins for op in origin.ops))
+    sources = list(dict.fromkeys(origin.source for origin in origins if origin.source))
+    lines = [f"# {', '.join(ops)}".replace("\n", " ")] if ops else []
+    if sources:
+        rest = f" and {len(sources) - COMMENTED_LINES} more" if len(sources) > COMMENTED_LINES else ""
+        lines.append(f"# {', '.join(sources[:COMMENTED_LINES])}{rest}".replace("\n", " "))
+    return lines
+
+
+def _where(origins: list[Origin]) -> str:
+    ops = dict.fromkeys(op for origin in origins for op in origin.ops)
+    sources = dict.fromkeys(origin.source for origin in origins if origin.source)
+    return " at ".join(part for part in (", ".join(list(ops)[:NAMED_OPS]), ", ".join(list(sources)[:2])) if part)
+
+
+__all__ = ["KernelCall", "TritonModule", "TritonSignature", "print_triton"]

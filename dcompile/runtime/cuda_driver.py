@@ -1,0 +1,112 @@
+"""The few calls of the CUDA driver that launching needs, through ctypes: no compiler and no Triton at run time."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any
+
+from dcompile.errors import DCompileError, ToolchainError
+
+_MAX_DYNAMIC_SHARED = 8
+"""CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES."""
+
+_PLAIN_SHARED_BYTES = 48 * 1024
+"""Shared memory a kernel gets without asking for more first."""
+
+TRAILING_NULLS = 4
+"""Null parameters after a kernel's own. Triton appends up to this many pointers to scratch memory that our kernels do not
+use; a launch reads as many parameters as the kernel has, so that more do no harm."""
+
+
+@lru_cache(maxsize=1)
+def library() -> ctypes.CDLL:
+    """The driver.
+
+    Raises:
+        ToolchainError: there is none on this machine.
+    """
+    try:
+        return ctypes.CDLL("libcuda.so.1")
+    except OSError as error:
+        raise ToolchainError(f"the CUDA driver does not load: {error}. Instead: install an NVIDIA driver") from error
+
+
+def check(status: int, what: str) -> None:
+    """Raise what a driver call returned.
+
+    Raises:
+        DCompileError: it failed.
+    """
+    if status != 0:
+        text = ctypes.c_char_p()
+        library().cuGetErrorString(ctypes.c_int(status), ctypes.byref(text))
+        raise DCompileError(f"{what} failed: {(text.value or b'unknown CUDA error').decode()} ({status})")
+
+
+def primary_context(device: int) -> ctypes.c_void_p:
+    """The context PyTorch works in on that device; it stays retained."""
+    driver = library()
+    check(driver.cuInit(0), "cuInit")
+    handle, context = ctypes.c_int(), ctypes.c_void_p()
+    check(driver.cuDeviceGet(ctypes.byref(handle), ctypes.c_int(device)), "cuDeviceGet")
+    check(driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), handle), "cuDevicePrimaryCtxRetain")
+    return context
+
+
+def enter_context(context: ctypes.c_void_p) -> None:
+    """Make ``context`` the calling thread's; threads that have not used CUDA yet have none."""
+    status = library().cuCtxSetCurrent(context)
+    if status:
+        check(status, "cuCtxSetCurrent")
+
+
+def load_function(cubin: bytes, name: str, shared_bytes: int) -> ctypes.c_void_p:
+    """The kernel ``name`` of a cubin, loaded into the current context for the life of the process."""
+    driver = library()
+    module, function = ctypes.c_void_p(), ctypes.c_void_p()
+    check(driver.cuModuleLoadData(ctypes.byref(module), cubin), f"loading {name}")
+    check(driver.cuModuleGetFunction(ctypes.byref(function), module, name.encode()), f"finding {name}")
+    if shared_bytes > _PLAIN_SHARED_BYTES:
+        attribute = ctypes.c_int(_MAX_DYNAMIC_SHARED)
+        check(driver.cuFuncSetAttribute(function, attribute, ctypes.c_int(shared_bytes)), f"shared memory of {name}")
+    return function
+
+
+class _Parameters:
+    """Memory of one launch's parameters: ``count`` 8-byte values and the pointers to them."""
+
+    __slots__ = ("pointers", "values")
+
+    def __init__(self, count: int) -> None:
+        self.values = (ctypes.c_uint64 * (count + TRAILING_NULLS))()
+        base = ctypes.addressof(self.values)
+        self.pointers = (ctypes.c_void_p * (count + TRAILING_NULLS))(
+            *(base + 8 * n for n in range(count + TRAILING_NULLS))
+        )
+
+
+def launcher(function: ctypes.c_void_p, count: int, threads: int, shared_bytes: int) -> Callable[..., None]:
+    """``launch(programs, stream, values)`` of a kernel with ``count`` parameters of 8 bytes.
+
+    Safe to call from several threads: each call takes a parameter block of its own.
+    """
+    call: Any = library().cuLaunchKernel
+    unsigned, pointer = ctypes.c_uint, ctypes.c_void_p
+    call.argtypes = [pointer, *[unsigned] * 7, pointer, pointer, pointer]
+    call.restype = ctypes.c_int
+    free: list[_Parameters] = []
+
+    def launch(programs: int, stream: int, values: Sequence[int]) -> None:
+        try:
+            block = free.pop()  # list.pop is atomic: two threads never get the same block
+        except IndexError:
+            block = _Parameters(count)
+        block.values[:count] = values
+        status = call(function, programs, 1, 1, threads, 1, 1, shared_bytes, stream, block.pointers, None)
+        free.append(block)
+        if status:
+            check(status, "a kernel launch")
+
+    return launch
