@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from dcompile.backend import backend
-from dcompile.capture import graph_breaks
+from dcompile.capture import every_recompile, graph_breaks, tensors_in
 from dcompile.ir.nodes import Extern
 from dcompile.options import Options
 from dcompile.pipeline import Built
@@ -24,12 +24,10 @@ class GraphExplanation:
     """One compiled graph.
 
     Attributes:
-        built: the texts of both generated programs and the compile time by stage.
-        plan: the verified program: schedule, places, predicted times, decisions.
+        built: both generated programs, the plan and the compile time by stage.
     """
 
     built: Built
-    plan: Plan
 
     @property
     def name(self) -> str:
@@ -37,36 +35,51 @@ class GraphExplanation:
         return self.built.name
 
     @property
-    def fallbacks(self) -> Counter[str]:
-        """Library calls made for want of a lowering rule, by op."""
-        return Counter(n.op for n in self.plan.graph.nodes if isinstance(n, Extern) and n.fallback)
+    def plan(self) -> Plan | None:
+        """The verified program: schedule, places, predicted times, decisions. None if it runs op by op."""
+        return self.built.plan
 
     @property
     def library_calls(self) -> Counter[str]:
         """All library calls, by op."""
-        return Counter(n.op for n in self.plan.graph.nodes if isinstance(n, Extern))
+        return Counter(n.op for n in self._externs)
 
-    def __str__(self) -> str:
-        calls = self.built.kernels.calls if self.built.kernels else {}
-        distinct = len({call.function for call in calls.values()})
-        parts = [
-            f"== {self.name}: {len(calls)} kernel launches of {distinct} kernels, "
-            f"{sum(self.library_calls.values())} library calls, compiled in {sum(self.built.seconds.values()):.2f} s",
-            describe_schedule(self.plan),
-            describe_memory(self.plan).splitlines()[0],
-            "library calls: " + _counted(self.library_calls),
-            "fallbacks: " + _counted(self.fallbacks),
-            "kernels:",
-        ]
-        for position, call in sorted(calls.items()):
-            origin = self.plan.graph.nodes[position].origin
-            parts.append(f"  {position:4d} {call.function}  {', '.join(origin.ops)[:120]}  {origin.source}")
-        return "\n".join(parts)
+    @property
+    def fallbacks(self) -> Counter[str]:
+        """Library calls made for want of a lowering rule, by op; the whole graph if it runs op by op."""
+        if self.built.op_by_op:
+            return Counter({f"{self.name} op by op": 1})
+        return Counter(n.op for n in self._externs if n.fallback)
 
     @property
     def decisions(self) -> str:
         """Every decision with its reason, a line each."""
-        return describe_verdicts(self.plan.verdicts)
+        return describe_verdicts(self.plan.verdicts) if self.plan else ""
+
+    @property
+    def _externs(self) -> list[Extern]:
+        return [n for n in self.plan.graph.nodes if isinstance(n, Extern)] if self.plan else []
+
+    def __str__(self) -> str:
+        plan, kernels = self.plan, self.built.kernels
+        if plan is None or kernels is None:
+            return f"== {self.name}: op by op through the library, because {self.built.op_by_op}"
+        distinct = len({call.function for call in kernels.calls.values()})
+        stages = ", ".join(f"{stage} {seconds * 1e3:.0f} ms" for stage, seconds in self.built.seconds.items())
+        parts = [
+            f"== {self.name}: {len(kernels.calls)} kernel launches of {distinct} kernels, "
+            f"{sum(self.library_calls.values())} library calls",
+            f"stages: {stages}",
+            describe_schedule(plan),
+            describe_memory(plan).splitlines()[0],
+            "library calls: " + _counted(self.library_calls),
+            "fallbacks: " + _counted(self.fallbacks),
+            "kernels:",
+        ]
+        for position, call in sorted(kernels.calls.items()):
+            origin = plan.graph.nodes[position].origin
+            parts.append(f"  {position:4d} {call.function}  {', '.join(origin.ops)[:120]}  {origin.source}")
+        return "\n".join(parts)
 
 
 @dataclass(frozen=True)
@@ -74,8 +87,9 @@ class Explanation:
     """All graphs of one function.
 
     Attributes:
-        result: what the function returned.
+        graphs: in the order in which they were compiled.
         graph_breaks: times capture had to leave the function.
+        result: what the function returned.
     """
 
     graphs: tuple[GraphExplanation, ...]
@@ -98,15 +112,42 @@ def _counted(names: Counter[str]) -> str:
 def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
     """Compile ``function`` for these arguments, run it once, and tell what was made of it.
 
-    The function runs for real, its side effects included. The disk cache is left out, so that every stage is seen. The
-    backward graph is included when an output requires a gradient.
+    The function runs for real, its side effects included, with the options of the environment. The disk cache is left
+    out, so that every stage is seen. If a result requires a gradient, gradients are computed once and thrown away, so
+    that the backward graph is seen too; ``.grad`` is not touched.
     """
     seen: list[Built] = []
     options = replace(Options.from_env(), cache_dir=None)
     before = graph_breaks()
-    result = torch.compile(function, backend=backend(options, seen.append))(*args, **kwargs)
-    graphs = tuple(GraphExplanation(built, built.plan) for built in seen if built.plan is not None)
-    return Explanation(graphs, graph_breaks() - before, result)
+    with every_recompile():
+        result = torch.compile(function, backend=backend(options, seen.append))(*args, **kwargs)
+        _run_backward(result)
+    return Explanation(tuple(map(GraphExplanation, seen)), graph_breaks() - before, result)
+
+
+def _run_backward(result: Any) -> None:
+    """Gradients of all tensors in ``result`` by all leaves below them, computed and dropped."""
+    found = [tensor for tensor in tensors_in(result) if tensor.requires_grad]
+    leaves = list({id(leaf): leaf for t in found for leaf in _leaves(t)}.values())
+    if leaves:
+        ones = [torch.ones_like(t) for t in found]
+        torch.autograd.grad(found, leaves, ones, retain_graph=True, allow_unused=True)
+
+
+def _leaves(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The tensors whose ``.grad`` a backward pass from ``tensor`` would fill."""
+    leaves: list[torch.Tensor] = []
+    seen: set[Any] = set()
+    stack = [tensor.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            leaves.append(node.variable)
+        stack.extend(following for following, _ in node.next_functions)
+    return leaves
 
 
 @dataclass(frozen=True)

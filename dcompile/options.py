@@ -22,7 +22,7 @@ def default_cache_dir() -> Path:
 
 @dataclass(frozen=True)
 class Options:
-    """Everything that can change what a compile produces or shows.
+    """What a user can choose about a compile: what it produces, shows, waits for and where it keeps things.
 
     Attributes:
         eager_ops: ATen op names (``"aten.exp.default"`` or ``"exp"``) that stay library calls.
@@ -50,6 +50,17 @@ class Options:
     cxx: str | None = None
     timeline: bool = False
 
+    def __post_init__(self) -> None:
+        """Raises ``DCompileError`` naming the option and the value it cannot have."""
+        if unknown := self.show - SHOWABLE:
+            raise DCompileError(f"cannot show {', '.join(sorted(unknown))}; choose from {', '.join(sorted(SHOWABLE))}")
+        for name, least in (("bucket_bytes", 1), ("in_flight_bytes", 1), ("deadline_s", 0)):
+            value = getattr(self, name)
+            if value is None and name == "bucket_bytes":
+                continue
+            if not isinstance(value, int | float) or isinstance(value, bool) or value < least or value != value:
+                raise DCompileError(f"option {name}={value!r} must be a number of at least {least}")
+
     @staticmethod
     def from_env(overrides: Mapping[str, Any] | None = None) -> Options:
         """Options of the environment with ``overrides`` on top.
@@ -62,18 +73,16 @@ class Options:
         """
         values: dict[str, Any] = {"cache_dir": default_cache_dir(), "cxx": os.environ.get("CXX") or None}
         for field in fields(Options):
-            text = os.environ.get("DCOMPILE_" + {"dump_dir": "DUMP"}.get(field.name, field.name.upper()))
+            variable = "DCOMPILE_" + {"dump_dir": "DUMP"}.get(field.name, field.name.upper())
+            text = os.environ.get(variable)
             if text is not None and field.name != "cache_dir":
-                values[field.name] = _parse(field.name, text)
+                values[field.name] = _parse(field.name, text, variable)
         known = {field.name for field in fields(Options)}
         for name, value in (overrides or {}).items():
             if name not in known:
                 raise DCompileError(f"unknown option {name!r}; the options are {', '.join(sorted(known))}")
             values[name] = _typed(name, value)
-        options = replace(Options(), **values)
-        if unknown := options.show - SHOWABLE:
-            raise DCompileError(f"cannot show {', '.join(sorted(unknown))}; choose from {', '.join(sorted(SHOWABLE))}")
-        return options
+        return replace(Options(), **values)
 
     def affects_code(self) -> tuple[object, ...]:
         """The part of the options that changes generated programs; part of every cache key."""
@@ -89,7 +98,7 @@ def _typed(name: str, value: Any) -> Any:
     return value
 
 
-def _parse(name: str, text: str) -> Any:
+def _parse(name: str, text: str, variable: str) -> Any:
     try:
         if name in ("eager_ops", "skip", "show"):
             return frozenset(part.strip() for part in text.split(",") if part.strip())
@@ -103,7 +112,7 @@ def _parse(name: str, text: str) -> Any:
             return {"0": False, "1": True, "false": False, "true": True}[text.lower()]
         return text
     except (ValueError, KeyError):
-        raise DCompileError(f"environment variable DCOMPILE_{name.upper()}={text!r} cannot be read") from None
+        raise DCompileError(f"environment variable {variable}={text!r} cannot be read") from None
 
 
 def process_rank() -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -36,7 +37,7 @@ from dcompile.options import Options
 from dcompile.plan import Plan
 from dcompile.runtime.cache import Cache, cache_key
 from dcompile.runtime.comm import group_size
-from dcompile.runtime.compiled import Arity, CompiledGraph, Facts, read_facts, write_entry, write_gpu_kernels
+from dcompile.runtime.compiled import Arity, CompiledGraph, Facts, read_facts, settle, write_entry, write_gpu_kernels
 from dcompile.runtime.toolchain import compiler_fingerprint, find_compiler
 from dcompile.runtime.triton_kernels import triton_fingerprint
 from dcompile.schedule.bucket import bucket_collectives
@@ -142,7 +143,14 @@ def _check_level(graph: Graph, level: Level, after: str) -> Graph:
 
 @dataclass(frozen=True)
 class Built:
-    """What one compile produced: the callable program, and its plan and texts unless it came from the cache."""
+    """What one compile produced.
+
+    Attributes:
+        run: the program; takes its inputs in one list and clears it.
+        plan, kernels, host: the verified plan and both generated programs, unless it came from the cache.
+        seconds: compile time by stage, without the C++ compiler, which runs in the background.
+        op_by_op: why there are no kernels and every op is a library call; "" where there are.
+    """
 
     name: str
     run: Callable[[list[Any]], Sequence[Any]]
@@ -150,6 +158,7 @@ class Built:
     kernels: CppModule | None = None
     host: str = ""
     seconds: Mapping[str, float] = field(default_factory=dict)
+    op_by_op: str = ""
 
 
 @dataclass(frozen=True)
@@ -171,10 +180,12 @@ def compile_graph(gm: fx.GraphModule, name: str, options: Options) -> Built:
     """
     watch = Watch(options, name)
     TALLY.add(graphs=1)
+    if options.dump_dir is not None:
+        watch.text("capture", gm.print_readable(print_output=False), "py")
     with watch.stage("lower"):
         lowered = lower(gm, name.rstrip("0123456789"), options.eager_ops, group_size)
     if reason := _why_no_kernels(lowered.graph, options):
-        return _op_by_op(gm, name, reason)
+        return _op_by_op(gm, name, reason, lowered, options)
     watched = bool(options.show or options.dump_dir)
     cache = _cache(None if watched else options.cache_dir, options.deadline_s)
     key = _key(lowered, options)
@@ -199,13 +210,22 @@ def compile_graph(gm: fx.GraphModule, name: str, options: Options) -> Built:
             write_gpu_kernels(folder, gpu.source, gpu.signatures)
 
     _count(facts, misses=1)
-    building = _BUILDERS.submit(cache.fetch, key, build)
+    building = _builders().submit(cache.fetch, key, build)
     run = CompiledGraph(name, building, lowered.group_names, complete, options)
     return Built(name, run, plan, module, host, dict(watch.seconds))
 
 
-_BUILDERS = ThreadPoolExecutor(max_workers=4, thread_name_prefix="dcompile-build")
-"""Threads that wait for C++ compilers and for other processes' builds; four graphs at once are rare."""
+MAX_BUILDS = 4
+"""C++ compilers that run at once in one process; a training step has two graphs."""
+
+
+@lru_cache(maxsize=1)
+def _builders() -> ThreadPoolExecutor:
+    """Threads that wait for C++ compilers and for other processes' builds. A forked child starts its own."""
+    return ThreadPoolExecutor(max_workers=MAX_BUILDS, thread_name_prefix="dcompile-build")
+
+
+os.register_at_fork(after_in_child=_builders.cache_clear)
 
 
 @lru_cache(maxsize=8)
@@ -305,15 +325,21 @@ def _touched(graph: Graph, node: Pointwise | Reduction | Store) -> set[str]:
     return {node.out.device} | {graph.value(name).device for name in node.operands}
 
 
-def _op_by_op(gm: fx.GraphModule, name: str, reason: str) -> Built:
-    """The captured graph itself, every op a library call, by name and with a warning."""
+def _op_by_op(gm: fx.GraphModule, name: str, reason: str, lowered: Lowered, options: Options) -> Built:
+    """The captured graph itself, every op a library call, by name and with a warning.
+
+    The ranks agree on it like on any program: one that must run op by op does not meet others that bucket.
+    """
     warnings.warn(f"dcompile: {name} runs op by op through the library: {reason}", RuntimeWarning, stacklevel=2)
     TALLY.add_fallbacks(Counter({f"{name} op by op": 1}))
+    lines = (f"every op by itself  # {reason}", *communication_lines(lowered.graph))
+    agree_once = lru_cache(maxsize=1)(partial(settle, name, lowered.group_names, lines, options))
 
     def run(inputs: list[Any]) -> Sequence[Any]:
+        agree_once()
         arguments = tuple(inputs)
         inputs.clear()
         with torch.no_grad():
             return tuple(gm(*arguments))
 
-    return Built(name, run)
+    return Built(name, run, op_by_op=reason)

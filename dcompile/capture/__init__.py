@@ -1,7 +1,16 @@
 """FX to FX: what ``torch.compile`` hands a backend becomes plain ATen graphs. The only home of private PyTorch APIs."""
 
-from dcompile.capture.aot import Boxed, Captured, CompileGraph, GraphKind, capture, graph_breaks, reset_graph_breaks
-from dcompile.capture.functional import group_names
+from dcompile.capture.aot import (
+    Boxed,
+    Captured,
+    CompileGraph,
+    GraphKind,
+    capture,
+    every_recompile,
+    graph_breaks,
+    reset_graph_breaks,
+    tensors_in,
+)
 from dcompile.capture.origins import source_of
 
 __all__ = [
@@ -10,8 +19,9 @@ __all__ = [
     "CompileGraph",
     "GraphKind",
     "capture",
+    "every_recompile",
     "graph_breaks",
-    "group_names",
     "reset_graph_breaks",
     "source_of",
+    "tensors_in",
 ]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,6 +13,7 @@ import torch
 from torch import fx
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch import config as functorch_config
+from torch.utils import _pytree as pytree
 
 from dcompile.capture.check import check
 from dcompile.capture.comm import collectives_have_effects
@@ -103,3 +106,15 @@ def graph_breaks() -> int:
 def reset_graph_breaks() -> None:
     """Count graph breaks from zero."""
     torch._dynamo.utils.counters["graph_break"].clear()
+
+
+@contextmanager
+def every_recompile() -> Iterator[None]:
+    """Dynamo compiles a function again however often it has been compiled, instead of falling back to eager."""
+    with torch._dynamo.config.patch(recompile_limit=sys.maxsize, accumulated_recompile_limit=sys.maxsize):
+        yield
+
+
+def tensors_in(result: Any) -> list[torch.Tensor]:
+    """The tensors in nested containers, model outputs included."""
+    return [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor)]

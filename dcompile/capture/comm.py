@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -77,21 +78,24 @@ def _targets() -> set[Any]:
     return found
 
 
+_marking = threading.RLock()
+
+
 @contextlib.contextmanager
 def collectives_have_effects(enabled: bool = True) -> Iterator[None]:
     """While active, PyTorch's dead-code elimination keeps (``enabled``) or may drop functional collectives.
 
     PyTorch only marks ``wait_tensor`` so, and only sometimes; a launch whose result one rank does not use would be
     dropped on that rank and the others would hang. The marks are put back afterwards, other compilers do not see them.
+
+    The marks belong to the process. Blocks of one thread nest; a second thread waits until the first has left its
+    outermost block, because neither may see the other's marks.
     """
-    marked = fx_node._side_effectful_functions
-    before = set(marked)
-    if enabled:
-        marked.update(_targets())
-    else:
-        marked.difference_update(_targets())
-    try:
-        yield
-    finally:
-        marked.clear()
-        marked.update(before)
+    with _marking:
+        marked, targets = fx_node._side_effectful_functions, _targets()
+        changed = targets - marked if enabled else targets & marked
+        marked.symmetric_difference_update(changed)
+        try:
+            yield
+        finally:
+            marked.symmetric_difference_update(changed)

@@ -9,9 +9,6 @@ import torch
 from torch import fx
 
 from dcompile.capture.comm import communication, op_name
-from dcompile.capture.origins import source_of
-from dcompile.errors import Unsupported
-from dcompile.ir.types import Origin
 
 IN_PLACE = {
     "all_reduce_": "all_reduce",
@@ -85,35 +82,8 @@ def _replace_items(node: fx.Node, into: Any) -> None:
 
 
 def _arguments(node: fx.Node) -> dict[str, Any]:
-    """All arguments by their name in the schema."""
+    """All arguments by their name in the schema, in the schema's order however the caller ordered its keywords."""
     target = node.target if isinstance(node.target, torch._ops.OpOverload) else node.target.default  # type: ignore[union-attr]
     names = [argument.name for argument in target._schema.arguments]
-    return dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
-
-
-def group_names(gm: fx.GraphModule) -> list[str]:
-    """Names of the process groups ``gm`` communicates over, in order of first use.
-
-    Raises:
-        Unsupported: a group that is computed by the program itself, so that its name is not known before it runs.
-    """
-    found: dict[str, None] = {}
-    for node in gm.graph.nodes:
-        if communication(node):
-            group = _arguments(node).get("group_name")
-            if group is not None:
-                found[_group_name(gm, node, group)] = None
-    return list(found)
-
-
-def _group_name(gm: fx.GraphModule, node: fx.Node, group: Any) -> str:
-    if isinstance(group, fx.Node):
-        if group.op == "get_attr":
-            group = operator.attrgetter(str(group.target))(gm)
-        else:
-            raise Unsupported(
-                Origin((str(node.target),), source_of(node)),
-                f"{communication(node)} over a process group the program gets as an argument ({group.name})",
-                "create the group outside the compiled function and refer to it there",
-            )
-    return group if isinstance(group, str) else str(getattr(group, "group_name", group))
+    given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+    return {name: given[name] for name in names if name in given}

@@ -91,7 +91,7 @@ def _int(name: str, args: tuple[str, ...], dtype: DType) -> str:
     if name in ("floor", "ceil", "trunc", "round"):
         return x
     if name == "not":
-        return f"~{x}"
+        return f"{x} ^ {255 if dtype is DType.U8 else -1}"
     if name == "neg":
         return f"({x} * 0) - {x}"
     if name == "abs":

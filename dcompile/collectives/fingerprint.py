@@ -1,7 +1,8 @@
 """What ranks must have in common: the collectives of a program in launch order, one line each.
 
 Compute may differ from rank to rank (one rank logs, another does not use a result); launches may not. A packed bucket
-is only the same if it packs the same parts in the same order, so its line names them.
+is only the same if it packs the same parts in the same order, so its line names them. Buckets are chosen by predicted
+times, so ranks with very different compute may bucket differently: then they are told, and can fix ``bucket_bytes``.
 """
 
 from __future__ import annotations

@@ -36,17 +36,18 @@ class Store(Protocol):
     def check(self, keys: list[str], /) -> bool: ...
 
 
-_sequence: Counter[tuple[str, str]] = Counter()
+_made: Counter[str] = Counter()
+_agreed: dict[str, set[str]] = {}
 
 
-def next_key(group: str, graph: str) -> str:
-    """A key for the next agreement on ``graph`` in ``group``: the same on all ranks that have made equally many.
+def next_key(group: str) -> str:
+    """The key of the next agreement in ``group``: its number, equal on all ranks that have made equally many.
 
-    Two process groups may have different members, so each counts for itself.
+    Programs without collectives make none, so a rank may compile as many of those as it likes.
     """
-    number = _sequence[group, graph]
-    _sequence[group, graph] += 1
-    return f"{graph}/{number}"
+    number = _made[group]
+    _made[group] += 1
+    return str(number)
 
 
 def group_store(group: dist.ProcessGroup) -> Store:
@@ -65,12 +66,19 @@ def group_store(group: dist.ProcessGroup) -> Store:
 
 
 def agree_on(teams: Mapping[str, Team], graph: str, fingerprint: str, lines: Sequence[str], deadline_s: float) -> None:
-    """``agree`` once in every group that the program communicates in; see there."""
+    """``agree`` in every group that the program communicates in; see there.
+
+    Launches a group has agreed on before are not asked about again: every rank of the group knows them, so a rank that
+    recompiles alone (for its own batch size, say) into the same launches does not wait for the others.
+    """
     for label in sorted(teams):
         team = teams[label]
-        if team.size > 1:
-            key = next_key(str(team.process_group.group_name), graph)
+        group = str(team.process_group.group_name)
+        known = _agreed.setdefault(group, set())
+        if team.size > 1 and fingerprint not in known:
+            key = f"{graph}/{next_key(group)}"
             agree(fingerprint, lines, group_store(team.process_group), team.rank, team.size, deadline_s, key)
+            known.add(fingerprint)
 
 
 def agree(
@@ -84,7 +92,8 @@ def agree(
         store: shared by the ranks.
         rank, world: of this process, among the ranks that must agree.
         deadline_s: longest wait for the others, in seconds.
-        key: unique to this agreement, the same on all ranks; begins with the name of the graph.
+        key: ``graph/number``; the number is unique to this agreement and the same on all ranks, the graph's name is for
+            messages and may differ.
 
     Raises:
         Divergence: on every rank, naming who differs and the first differing line.
@@ -119,7 +128,10 @@ def _describe(key: str, prints: Sequence[str], line: int, texts: Sequence[str], 
     for camp in sorted(camps.values(), key=lambda ranks: (-len(ranks), ranks)):
         who = f"rank{'s' if len(camp) > 1 else ''} {', '.join(map(str, camp))}"
         parts.append(f"  {who}{' (this rank)' if rank in camp else ''}: {texts[camp[0]].strip()}")
-    parts.append("make the model, its inputs' shapes and the options equal on all ranks, or compile rank by rank")
+    parts.append(
+        "make the model, its inputs' shapes and the options equal on all ranks; if only their compute differs, "
+        "Options(bucket_bytes=...) keeps it from changing the buckets"
+    )
     return "\n".join(parts)
 
 
@@ -132,7 +144,8 @@ class _Exchange:
 
     def all(self, topic: str, value: str) -> list[str]:
         """The values of all ranks in rank order."""
-        keys = [f"{PREFIX}/{self._key}/{topic}/{rank}" for rank in range(self._world)]
+        number = self._key.rpartition("/")[2]
+        keys = [f"{PREFIX}/{number}/{topic}/{rank}" for rank in range(self._world)]
         self._store.set(keys[self._rank], value)
         left = timedelta(seconds=max(self._until - time.monotonic(), SHORTEST_WAIT_S))
         try:

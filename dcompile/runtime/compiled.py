@@ -64,12 +64,6 @@ class Facts:
         fallbacks = Counter(found["fallbacks"])
         return Facts(functions, tuple(found["lines"]), launches, library_calls, collectives, fallbacks, gpu_functions)
 
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 of the lines without their comments: equal on ranks that launch the same collectives."""
-        bare = "\n".join(line.split("  # ")[0] for line in self.lines)
-        return hashlib.sha256(bare.encode()).hexdigest()
-
 
 def write_entry(folder: Path, host: str, source: str, facts: Facts, cxx: str | None) -> None:
     """Fill a cache entry: texts, facts, and the compiled kernels.
@@ -96,6 +90,27 @@ def write_gpu_kernels(folder: Path, source: str, signatures: Mapping[str, HasSig
     """
     if signatures:
         compile_module(source, signatures, folder)
+
+
+def settle(name: str, groups: Mapping[str, Any], lines: Sequence[str], options: Options) -> TorchComm | None:
+    """The communicator of a program whose ranks have agreed on ``lines``; None for a program without collectives.
+
+    Raises:
+        Divergence: another rank launches something else.
+        DeadlineExceeded: another rank does not come.
+        Unsupported: a group does not exist on this rank.
+    """
+    if not groups:
+        return None
+    communicator = TorchComm(groups, options.deadline_s)
+    if options.verify_cross_rank:
+        agree_on(communicator.teams, name, fingerprint(lines), lines, options.deadline_s)
+    return communicator
+
+
+def fingerprint(lines: Sequence[str]) -> str:
+    """SHA-256 of the lines without their comments: equal on ranks that launch the same collectives."""
+    return hashlib.sha256("\n".join(line.split("  # ")[0] for line in lines).encode()).hexdigest()
 
 
 class CompiledGraph:
@@ -139,10 +154,7 @@ class CompiledGraph:
                 gpu = GpuKernels(entry, self.name) if facts.gpu_functions else None
                 if gpu is not None:
                     functions = {**functions, **gpu.functions}
-                communicator = TorchComm(self._groups, self._options.deadline_s) if self._groups else None
-                if communicator is not None and self._options.verify_cross_rank:
-                    teams = communicator.teams
-                    agree_on(teams, self.name, facts.fingerprint, facts.lines, self._options.deadline_s)
+                communicator = settle(self.name, self._groups, facts.lines, self._options)
                 recorder = RECORDER if self._options.timeline else None
                 source = (entry / HOST).read_text()
                 self._executable = Executable(source, self.name, functions, communicator, recorder, gpu)

@@ -113,9 +113,7 @@ def compile_module(
     (folder / MODULE).write_text(source)
     module = load_module(folder / MODULE)
     wanted = [
-        Compiled(
-            name, s.buffers, s.sizes, s.launch.block, s.launch.inner, s.launch.num_warps, s.programs, s.where
-        )
+        Compiled(name, s.buffers, s.sizes, s.launch.block, s.launch.inner, s.launch.num_warps, s.programs, s.where)
         for name, s in signatures.items()
     ]
 
@@ -239,7 +237,9 @@ class GpuKernels:
             if code == INDEX_FAULT:
                 raise IndexError(f"index out of range in {kernel.where}, in an earlier call of {self.name}")
             if code == DIVISION_FAULT:
-                raise ZeroDivisionError(f"integer division by zero in {kernel.where}, in an earlier call of {self.name}")
+                raise ZeroDivisionError(
+                    f"integer division by zero in {kernel.where}, in an earlier call of {self.name}"
+                )
 
     def _function(self, kernel: Compiled, cubin: bytes, fault: int) -> Callable[..., int]:
         count, threads = len(kernel.buffers), kernel.num_warps * 32
@@ -247,7 +247,9 @@ class GpuKernels:
         symbols = ", ".join(f"s{n}" for n in range(kernel.sizes))
         programs: Callable[..., int] = eval(f"lambda {symbols}: {kernel.programs}", {"max": max, "min": min})
         fixed = programs() if kernel.sizes == 0 else None
-        fast = launcher(load_function(cubin, kernel.name, kernel.shared_bytes), parameters, threads, kernel.shared_bytes)
+        fast = launcher(
+            load_function(cubin, kernel.name, kernel.shared_bytes), parameters, threads, kernel.shared_bytes
+        )
         slow: list[Callable[[int, int, Sequence[int]], None]] = []
 
         def function(*values: int) -> int:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
+import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -261,3 +264,45 @@ def test_explain_names_kernels_lines_and_fallbacks() -> None:
     assert "predicted" in text
     assert "fallbacks: aten.special_i0e.default x1" in text
     torch.testing.assert_close(told.result.shape, torch.Size([30]))
+
+
+def test_explain_shows_the_backward_graph_and_leaves_gradients_alone() -> None:
+    model = nn.Linear(4, 3)
+    told = dcompile.explain(model, torch.randn(2, 4))
+    assert [graph.name.rstrip("0123456789") for graph in told.graphs] == ["forward", "backward"]
+    assert model.weight.grad is None
+    told.result.sum().backward()
+    assert model.weight.grad is not None
+
+
+def test_explain_does_not_go_silent_when_called_often() -> None:
+    def program(x: Tensor) -> Tensor:
+        return x.exp() + 1
+
+    for _ in range(12):
+        assert len(dcompile.explain(program, torch.randn(3)).graphs) == 1
+
+
+def test_explain_names_graphs_that_run_op_by_op(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.warns(RuntimeWarning, match="op by op"):
+        told = dcompile.explain(lambda x: x + 1, torch.randn(3))
+    assert "op by op through the library, because no C++ compiler" in str(told)
+    assert sum(told.fallbacks.values()) == 1
+
+
+def test_a_forked_child_compiles_on_its_own() -> None:
+    x = torch.randn(8)
+    torch.compile(lambda x: x * 2, backend="dcompile")(x)
+    child = os.fork()
+    if child == 0:
+        found = torch.compile(lambda x: x.exp() - 3, backend="dcompile")(x)
+        os._exit(0 if torch.allclose(found, x.exp() - 3) else 1)
+    deadline = time.monotonic() + 60
+    while (done := os.waitpid(child, os.WNOHANG))[0] == 0 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    if done[0] == 0:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert done == (child, 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import torch
@@ -30,6 +31,45 @@ def test_marks_are_put_back() -> None:
             assert comm.wait_tensor.default not in fx_node._side_effectful_functions
         assert comm.all_reduce.default in fx_node._side_effectful_functions
     assert fx_node._side_effectful_functions == before
+
+
+def test_marks_of_two_threads_do_not_mix() -> None:
+    before = set(fx_node._side_effectful_functions)
+    inside, leave = threading.Event(), threading.Event()
+    seen: list[bool] = []
+
+    def first() -> None:
+        with collectives_have_effects():
+            inside.set()
+            leave.wait(10)
+
+    def second() -> None:
+        with collectives_have_effects(False):
+            seen.append(comm.wait_tensor.default in fx_node._side_effectful_functions)
+        with collectives_have_effects():
+            seen.append(comm.all_reduce.default in fx_node._side_effectful_functions)
+
+    threads = [threading.Thread(target=target, daemon=True) for target in (first, second)]
+    threads[0].start()
+    assert inside.wait(10)
+    threads[1].start()
+    threads[1].join(0.1)
+    assert not seen, "the second thread waits for the first"
+    assert comm.wait_tensor.default in fx_node._side_effectful_functions
+    leave.set()
+    for thread in threads:
+        thread.join(10)
+    assert seen == [False, True]
+    assert fx_node._side_effectful_functions == before
+
+
+def test_marks_others_add_meanwhile_stay() -> None:
+    def theirs() -> None: ...
+
+    with collectives_have_effects():
+        fx_node._side_effectful_functions.add(theirs)
+    assert theirs in fx_node._side_effectful_functions
+    fx_node._side_effectful_functions.discard(theirs)
 
 
 def test_nodes_are_told_apart() -> None:

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-import torch
+from pathlib import Path
+from typing import Any
 
+import pytest
+import torch
+import torch.nn.functional as F
+
+import dcompile
 from dcompile.capture.decompositions import BROKEN_UP, KEPT, decompositions
+from dcompile.lower.table import RULES
 
 aten = torch.ops.aten
 
@@ -22,6 +29,37 @@ def test_kept_ops_have_no_decomposition_and_broken_up_ones_have() -> None:
         packet = getattr(aten, name, None)
         if packet is not None:
             assert any(getattr(packet, overload) in table for overload in packet.overloads()), name
+
+
+def test_an_op_is_kept_for_a_rule_or_for_the_library() -> None:
+    for name, reason in KEPT.items():
+        has_rule = f"aten.{name}.default" in RULES
+        assert "library" in reason or has_rule, f"{name} has no lowering rule"
+        assert not ("rule" in reason and "no lowering rule" not in reason) or has_rule, name
+
+
+@pytest.mark.parametrize(
+    ("function", "shape"),
+    [
+        (lambda x: F.unfold(x, 3, padding=1, stride=2), (2, 3, 8, 7)),
+        (lambda x: F.fold(x, (6, 5), 2), (2, 12, 20)),
+    ],
+)
+def test_windows_that_overlap_are_gathers_and_scatters(
+    function: Any, shape: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DCOMPILE_CACHE_DIR", str(tmp_path))
+    torch.compiler.reset()
+    dcompile.reset_counters()
+    x = torch.randn(shape, requires_grad=True)
+    twin = x.detach().clone().requires_grad_()
+    found, expected = torch.compile(function, backend="dcompile")(x), function(twin)
+    weights = torch.randn_like(expected)
+    (found * weights).sum().backward()
+    (expected * weights).sum().backward()
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(x.grad, twin.grad)
+    assert not dcompile.counters().fallbacks
 
 
 def test_pieces_compute_the_same() -> None:

@@ -1,4 +1,4 @@
-"""Mutating collectives become functional ones; group names are found."""
+"""Mutating collectives become functional ones."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ import pytest
 import torch
 from torch import fx
 
-from dcompile.capture import group_names
 from dcompile.capture.functional import functionalise_collectives
-from dcompile.errors import Unsupported
 
 comm = torch.ops._c10d_functional
 
@@ -37,6 +35,28 @@ def test_in_place_becomes_launch_wait_copy(name: str, extra: tuple[Any, ...], ov
     assert launch.args == (x, *extra)
     assert copy.args == (x, wait)
     assert add.args == (x, 1)  # the op's result is its argument
+
+
+@pytest.mark.parametrize(
+    ("name", "keywords"),
+    [
+        ("all_reduce_", {"group_name": "g", "reduce_op": "sum"}),
+        ("broadcast_", {"group_name": "g", "src": 0}),
+        ("all_reduce_", {"reduce_op": "sum", "group_name": "g", "input": None}),
+    ],
+)
+def test_keywords_may_come_in_any_order(name: str, keywords: dict[str, Any]) -> None:
+    def program(x: Any) -> Any:
+        given = {key: x if key == "input" else value for key, value in keywords.items()}
+        return getattr(comm, name)(*([] if "input" in given else [x]), **given) * 2
+
+    gm = fx.symbolic_trace(program)
+    functionalise_collectives(gm)
+    x, launch, wait, copy, mul, _ = gm.graph.nodes
+    order = ["reduce_op" if name == "all_reduce_" else "src", "group_name"]
+    assert launch.args == (x, *(keywords[key] for key in order))
+    assert copy.args == (x, wait)
+    assert mul.args == (x, 2)
 
 
 def test_coalesced_in_place_writes_every_tensor() -> None:
@@ -70,17 +90,3 @@ def test_graph_without_mutating_collectives_is_untouched() -> None:
     before = str(gm.graph)
     functionalise_collectives(gm)
     assert str(gm.graph) == before
-
-
-def test_group_names_in_order_of_first_use() -> None:
-    def f(x: Any) -> Any:
-        y = comm.wait_tensor(comm.all_gather_into_tensor(x, 2, "tp"))
-        return comm.all_reduce(y, "sum", "dp"), comm.broadcast(x, 0, "tp"), comm.all_reduce(x, "sum", group_name="pp")
-
-    assert group_names(fx.symbolic_trace(f)) == ["tp", "dp", "pp"]
-
-
-def test_group_that_is_an_argument_is_refused() -> None:
-    gm = fx.symbolic_trace(lambda x, group: comm.all_reduce(x, "sum", group))
-    with pytest.raises(Unsupported, match=r"gets as an argument.*create the group outside"):
-        group_names(gm)
