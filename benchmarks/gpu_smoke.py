@@ -95,9 +95,8 @@ def check_forms() -> int:
                 microseconds(lambda c=compiled, i=inputs: c(*i)),
                 microseconds(lambda f=function, i=inputs: f(*i)),
             )
-            print(
-                f"{name:<18}{'equal':<10}{counted.kernel_launches:>8}{mine:>13.1f}{theirs:>11.1f}  {dict(counted.fallbacks) or ''}"
-            )
+            fallbacks = dict(counted.fallbacks) or ""
+            print(f"{name:<18}{'equal':<10}{counted.kernel_launches:>8}{mine:>13.1f}{theirs:>11.1f}  {fallbacks}")
         except Exception:
             wrong += 1
             print(f"{name:<18}FAILED\n{traceback.format_exc(limit=-6)}")
@@ -129,9 +128,8 @@ def compare_trainings(steps: int) -> int:
     import train_gpt as example
 
     text, wrong = example.standard_library(), 0
-    print(
-        f"\n{'model':<12}{'backend':<10}{'first loss':>11}{'last loss':>11}{'compile s':>11}{'step ms':>9}  kernels, library calls"
-    )
+    heads = f"{'first loss':>11}{'last loss':>11}{'compile s':>11}{'step ms':>9}  kernels, library calls"
+    print(f"\n{'model':<12}{'backend':<10}{heads}")
     for preset, dtype in PRECISION.items():
         shape = example.PRESETS[preset.split()[0]]
         torch.manual_seed(0)

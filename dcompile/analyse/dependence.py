@@ -163,32 +163,56 @@ def _sequences(graph: Graph, order: Sequence[int]) -> object:
 
 def _respects_flights(graph: Graph, order: Sequence[int], prints: dict[str, Footprint]) -> bool:
     """Whether nobody touches what a collective in flight forbids, by bytes."""
-    no_write: dict[str, list[Footprint]] = {}
-    no_touch: dict[str, list[Footprint]] = {}
+    no_write, no_touch = _Held(), _Held()
+    flying: set[str] = set()
     for position in order:
         node = graph.nodes[position]
         if isinstance(node, Wait):
             start = graph.nodes[graph.producer[node.pending]]
-            if no_write.pop(node.pending, None) is None or not isinstance(start, Start):
+            if node.pending not in flying or not isinstance(start, Start):
                 return False
-            del no_touch[node.pending]
+            flying.remove(node.pending)
+            no_write.release(node.pending)
+            no_touch.release(node.pending)
             continue
         written = [prints[name] for name in node.mutates]
         read = () if isinstance(node, View) else node.operands  # making a view touches no memory
         touched = written + [prints[name] for name in read]
-        if _clash(touched, no_touch) or _clash(written, no_write):
+        if no_touch.clash(touched) or no_write.clash(written):
             return False
         if isinstance(node, Start):
+            flying.add(node.pending.name)
             sources = [prints[name] for name in node.operands]
-            no_write[node.pending.name] = sources
-            no_touch[node.pending.name] = (
-                sources if node.pending.in_place else [prints[result.name] for result in node.pending.results]
-            )
-    return not no_write
+            no_write.hold(node.pending.name, sources)
+            results = [prints[result.name] for result in node.pending.results]
+            no_touch.hold(node.pending.name, sources if node.pending.in_place else results)
+    return not flying
 
 
-def _clash(prints: list[Footprint], flights: dict[str, list[Footprint]]) -> bool:
-    return any(mine.overlaps(theirs) for held in flights.values() for theirs in held for mine in prints)
+class _Held:
+    """Bytes that collectives in flight hold, by storage, so that a node is compared with its own storages' only."""
+
+    def __init__(self) -> None:
+        self._by_root: dict[str, dict[str, list[Footprint]]] = {}
+        self._roots: dict[str, set[str]] = {}
+
+    def hold(self, pending: str, prints: list[Footprint]) -> None:
+        self._roots[pending] = {held.root for held in prints}
+        for held in prints:
+            self._by_root.setdefault(held.root, {}).setdefault(pending, []).append(held)
+
+    def release(self, pending: str) -> None:
+        for root in self._roots.pop(pending):
+            del self._by_root[root][pending]
+
+    def clash(self, prints: list[Footprint]) -> bool:
+        """Whether any of ``prints`` may share a byte with what is held."""
+        return any(
+            mine.overlaps(theirs)
+            for mine in prints
+            for held in self._by_root.get(mine.root, {}).values()
+            for theirs in held
+        )
 
 
 __all__ = ["is_legal", "predecessors", "touched_roots"]

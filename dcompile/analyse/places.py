@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import sympy
+
 from dcompile.analyse.alias import Strided, shared_storage, storage_roots, strided_views
 from dcompile.collectives.nodes import Start, Wait
 from dcompile.errors import UnsafePlan
@@ -43,7 +45,7 @@ class Places:
     """All values of a plan on the byte level.
 
     Attributes:
-        bytes_of: range of each tensor name, at the size hints. A library output that aliases an operand counts as
+        bytes_of: range of each tensor name, at the sizes given. A library output that aliases an operand counts as
             covering the operand.
         storage_bytes: range of each storage.
         roots: as ``alias.storage_roots``.
@@ -72,20 +74,87 @@ def unsafe(rule: str, where: str, what: str) -> UnsafePlan:
     return UnsafePlan(f"{rule} at {where}: {what}")
 
 
-def places(plan: Plan) -> Places:
-    """Resolve every place of ``plan``.
+Sizes = Mapping[sympy.Symbol, int]
+"""A value for each size symbol."""
+
+
+def places(plan: Plan, sizes: Sizes | None = None) -> Places:
+    """Resolve every place of ``plan`` for ``sizes``, by default the size hints.
 
     Raises:
         UnsafePlan: rule V11, a node kind, slot, storage or arena that cannot be right.
     """
-    return _Resolver(plan).run()
+    return _Resolver(plan, plan.graph.size_hints if sizes is None else sizes).run()
+
+
+def unplanned(graph: Graph, sizes: Sizes) -> dict[str, Bytes]:
+    """Where the tensors of ``graph`` lie relative to each other if every storage is a space of its own.
+
+    The same relations as in ``places``; a view that is not strided covers what it is taken of.
+    """
+    views = strided_views(graph)
+    found: dict[str, Bytes] = {}
+    opaque: set[str] = set()
+
+    def whole(value: Value) -> Bytes:
+        return Bytes(("storage", value.name), 0, hint(value.nbytes, dict(sizes)), value.name)
+
+    for item in graph.inputs:
+        if isinstance(item, Value):
+            found[item.name] = whole(item)
+    starts: dict[str, Start] = {}
+    for node in graph.nodes:
+        if isinstance(node, Start):
+            starts[node.pending.name] = node
+        aliased = set(node.aliases) if isinstance(node, Extern) else set()
+        tensors = {item.name: item for item in _tensors(node)}
+        for name, shared in shared_storage(node, starts):
+            if shared is None:
+                found[name] = whole(tensors[name])
+                continue
+            strided = views[name] if isinstance(node, View) else None
+            if strided is not None and strided.base not in opaque:
+                found[name] = _part(tensors[name], strided, found[strided.base], sizes)
+                continue
+            found[name] = found[shared]
+            if shared in aliased or shared in opaque:
+                opaque.add(name)
+    return found
+
+
+def _part(value: Value, strided: Strided, base: Bytes, sizes: Sizes) -> Bytes:
+    start = base.start + hint(strided.offset, dict(sizes)) * value.dtype.itemsize
+    span = hint(Value(value.name, value.dtype, strided.shape, strided.stride).nbytes, dict(sizes))
+    return Bytes(base.space, start, start + span, base.storage)
+
+
+def _tensors(node: Node) -> tuple[Value, ...]:
+    items = node.pending.results if isinstance(node, Start) else node.defs
+    return tuple(item for item in items if isinstance(item, Value))
+
+
+def admits(graph: Graph, sizes: Sizes) -> bool:
+    """Whether the program makes sense for ``sizes``: no dimension below 1, every view inside its storage, every pack as
+    large as its parts. Guards, which a graph does not carry, exclude the rest."""
+    known = dict(sizes)
+    values = {name: value for name, value in graph.defs.items() if isinstance(value, Value)}
+    if any(hint(n, known) < 1 for v in values.values() for n in v.shape if not isinstance(n, int)):
+        return False
+    found = unplanned(graph, sizes)
+    rooms = {name: place.stop for name, place in found.items() if place.storage == name}
+    if any(place.start < 0 or place.stop > rooms[place.storage] for place in found.values()):
+        return False
+    packs = (node for node in graph.nodes if isinstance(node, Pack))
+    return all(
+        sum(hint(values[part].numel, known) for part in pack.parts) == hint(pack.out.numel, known) for pack in packs
+    )
 
 
 class _Resolver:
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, sizes: Sizes) -> None:
         self.plan = plan
         self.graph: Graph = plan.graph
-        self.hints = plan.graph.size_hints
+        self.hints = dict(sizes)
         self.views: dict[str, Strided | None] = {}
         self.bytes_of: dict[str, Bytes] = {}
         self.opaque: set[str] = set()  # names whose address inside their storage only the library knows
@@ -131,9 +200,7 @@ class _Resolver:
 
     def node(self, node: Node, position: int, storages: Mapping[str, Bytes], starts: dict[str, Start]) -> None:
         aliased = set(node.aliases) if isinstance(node, Extern) else set()
-        tensors = {v.name: v for v in node.defs if isinstance(v, Value)}
-        if isinstance(node, Start):
-            tensors = {v.name: v for v in node.pending.results}
+        tensors = {value.name: value for value in _tensors(node)}
         for name, shared in shared_storage(node, starts):
             if isinstance(node, Wait) and name in self.bytes_of:
                 continue  # placed at its Start
@@ -206,4 +273,4 @@ class _Resolver:
             raise unsafe("V11", describe(node, position), text)
 
 
-__all__ = ["PLANNED_NODES", "Bytes", "Places", "Space", "describe", "places", "unsafe"]
+__all__ = ["PLANNED_NODES", "Bytes", "Places", "Sizes", "Space", "admits", "describe", "places", "unplanned", "unsafe"]

@@ -7,29 +7,44 @@ Rules (the id stands first in the message):
 - V3  a step touches the results of a collective in flight
 - V4  a step touches the buffer of an in-place collective in flight
 - V5  memory of a collective in flight is freed
-- V6  a step reads a value whose bytes have been overwritten since, or an operand that has a newer version
+- V6  a step reads an operand that has a newer version, or finds other versions in its bytes than in the program
 - V7  a collective is not waited for exactly once, after its launch
 - V8  a step uses freed memory, or memory is freed twice
 - V9  the launches of one group are not in program order
 - V10 an input is written without being declared mutated, freed, or reused; a returned tensor lies in the arena
 - V11 a value has no proper place (see ``places``)
 - V12 a step's results share bytes with each other or with operands where the step does not allow it
+- V13 calls with effects are not in program order, or a step passes a barrier
+- V14 the plan's steps, inputs or outputs are not the program's
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 
+import sympy
+
 from dcompile.analyse.bytemap import ByteMap
-from dcompile.analyse.places import Bytes, Places, Space, describe, places, unsafe
+from dcompile.analyse.contents import (
+    RETURN,
+    Contents,
+    Found,
+    StepKey,
+    last_writers,
+    readings,
+    step_keys,
+    what_reads_find,
+    writings,
+)
+from dcompile.analyse.places import Bytes, Places, Sizes, Space, admits, describe, places, unplanned, unsafe
+from dcompile.analyse.same_steps import check_steps
 from dcompile.collectives.nodes import Start, Wait
 from dcompile.collectives.rules import is_contiguous
 from dcompile.errors import UnsafePlan
 from dcompile.ir.graph import Graph, hint
 from dcompile.ir.kernel import Kernel
 from dcompile.ir.nodes import Extern, Node, Pack, View
-from dcompile.ir.types import Value
 from dcompile.plan import Home, Plan
 
 Hold = tuple[str, str]
@@ -39,39 +54,61 @@ Hold = tuple[str, str]
 def verify(plan: Plan, program: Graph | None = None) -> None:
     """Prove ``plan`` safe.
 
+    Every byte carries the name that was written there last. Without ``program`` a read must find the name it reads (or
+    what that is a view of) in all its bytes. A base that is read after a write through a view of it has no new name,
+    so this refuses some safe plans. With ``program`` each read must find exactly what it finds when the program runs in
+    its own order, each storage in memory of its own: that accepts every legal order, and every other one it accepts
+    differs from program order only for accesses that share no byte. A view counts as all bytes from its first to its
+    last element.
+
+    Symbolic sizes are proven at the size hints, and tried at two other sizes of every symbol (``other_sizes``); the
+    proof says nothing about further sizes.
+
     Args:
-        program: the graph before ordering; given, the launches of each group must keep its order (V9).
+        program: the graph before ordering, the same nodes; given, V9, V13 and V14 are checked as well.
 
     Raises:
         UnsafePlan: naming rule, step, values, bytes and source line.
     """
-    _Machine(plan, places(plan)).run()
     if program is not None:
-        _check_launch_order(plan.graph, program)
+        check_steps(plan.graph, program)
+    hints = plan.graph.size_hints
+    _prove(plan, program, hints)
+    for sizes in other_sizes(plan.graph):
+        try:
+            _prove(plan, program, sizes)
+        except UnsafePlan as error:
+            raise UnsafePlan(f"{error} (with {', '.join(f'{s} = {n}' for s, n in sizes.items())})") from None
 
 
-def _check_launch_order(graph: Graph, program: Graph) -> None:
-    expected, found = _launches(program), _launches(graph)
-    for label in sorted(expected.keys() | found.keys()):
-        before, now = expected.get(label, []), found.get(label, [])
-        if before != now:
-            raise unsafe("V9", "the plan", f"group {label} launches {', '.join(now)}; the program {', '.join(before)}")
+def _prove(plan: Plan, program: Graph | None, sizes: Sizes) -> None:
+    expected = None if program is None else what_reads_find(program, unplanned(program, sizes))
+    _Machine(plan, places(plan, sizes), sizes, expected).run()
 
 
-def _launches(graph: Graph) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
-    for node in graph.nodes:
-        if isinstance(node, Start):
-            found.setdefault(node.group.label, []).append(node.pending.name)
-    return found
+def other_sizes(graph: Graph) -> list[dict[sympy.Symbol, int]]:
+    """Two more values for the size symbols, where the program admits them; none if all sizes are static.
+
+    Multiples of the hints, so that what was divisible stays so: first all doubled, which keeps proportions between
+    symbols, then each with a factor of its own, which breaks those that held by chance.
+    """
+    hints = graph.size_hints
+    if not hints:
+        return []
+    doubled = {symbol: 2 * max(n, 1) for symbol, n in hints.items()}
+    apart = {symbol: (3 + k) * max(n, 1) for k, (symbol, n) in enumerate(hints.items())}
+    return [sizes for sizes in (doubled, apart) if admits(graph, sizes)]
 
 
 class _Machine:
     """Memory while the plan runs: who wrote each byte last, which collectives hold it, what is freed."""
 
-    def __init__(self, plan: Plan, where: Places) -> None:
-        self.plan, self.graph, self.where = plan, plan.graph, where
-        self.content: dict[Space, ByteMap[str | None]] = {}
+    def __init__(
+        self, plan: Plan, where: Places, sizes: Sizes, expected: Mapping[tuple[StepKey, str], Found] | None
+    ) -> None:
+        self.plan, self.graph, self.where, self.sizes, self.expected = plan, plan.graph, where, dict(sizes), expected
+        self.content = Contents()
+        self.writer = last_writers(plan.graph)
         self.holds: dict[Space, ByteMap[frozenset[Hold]]] = {}
         self.flying: dict[str, Start] = {}
         self.freed: set[str] = set()
@@ -82,10 +119,10 @@ class _Machine:
 
     def run(self) -> None:
         for name in self.graph.input_names:
-            self.put(name)
-        for position, node in enumerate(self.graph.nodes):
+            self.put(name, name)
+        for position, (key, node) in enumerate(zip(step_keys(self.graph), self.graph.nodes, strict=True)):
             self.at = describe(node, position)
-            self.step(node)
+            self.step(key, node)
             for storage in self.plan.frees.get(position, ()):
                 self.free(storage)
         self.at = "the end"
@@ -94,12 +131,12 @@ class _Machine:
         for name in sorted(self.graph.output_names):
             if self.plan.storages[self.where.bytes_of[name].storage].home is Home.ARENA:
                 raise self.broken("V10", f"returned tensor {name} lies in the arena")
-            self.check_read(name)
+            self.check_read(RETURN, name)
 
     def broken(self, rule: str, what: str) -> UnsafePlan:
         return unsafe(rule, self.at, what)
 
-    def step(self, node: Node) -> None:
+    def step(self, key: StepKey, node: Node) -> None:
         if isinstance(node, View):
             self.check_alive(node.base)
             return
@@ -107,13 +144,13 @@ class _Machine:
             self.wait(node)
             return
         made = _made(node)
-        for name in node.operands:
-            self.check_read(name)
+        for name in readings(node):
+            self.check_read(key, name)
         for name in dict.fromkeys((*node.mutates, *made)):
             self.check_write(name)
         self.check_sharing(node, made)
-        for name in made:
-            self.put(name)
+        for name, writer in writings(node):
+            self.put(name, writer)
         self.supersede(node)
         if isinstance(node, Start):
             self.launch(node)
@@ -122,10 +159,9 @@ class _Machine:
         if (storage := self.where.bytes_of[name].storage) in self.freed:
             raise self.broken("V8", f"{name} is used after its storage {storage} was freed")
 
-    def check_read(self, name: str) -> None:
+    def check_read(self, key: StepKey, name: str) -> None:
         self.check_alive(name)
-        mine, root = self.where.bytes_of[name], self.where.roots[name]
-        self.check_holds("reads", name, mine, owned_only=True)
+        self.check_holds("reads", name, self.where.bytes_of[name], owned_only=True)
         stale = name
         while stale in self.view_base and stale not in self.newer:
             stale = self.view_base[stale]
@@ -133,12 +169,25 @@ class _Machine:
             raise self.broken(
                 "V6", f"reads {name}, but {stale} was overwritten by its next version {self.newer[stale]}"
             )
-        for start, stop, content in self.contents(mine).over(mine.start, mine.stop):
-            part = Bytes(mine.space, start, stop, mine.storage)
-            if root not in self.written or content is None:
+        self.check_content(key, name)
+
+    def check_content(self, key: StepKey, name: str) -> None:
+        """Every byte of ``name`` holds what it must."""
+        mine, writer = self.where.bytes_of[name], self.writer[name]
+        found = self.content.read(mine)
+        if self.expected is not None:
+            expected = self.expected[key, name]
+        else:
+            expected = ((0, mine.stop - mine.start, writer),) if mine.start < mine.stop else ()
+        if writer in self.written and found == expected:
+            return
+        for start, stop, now in found:
+            part = Bytes(mine.space, mine.start + start, mine.start + stop, mine.storage)
+            if writer not in self.written or now is None:
                 raise self.broken("V1", f"reads {name}, but nothing has written {part}")
-            if content != root:
-                raise self.broken("V6", f"reads {name}, but {part} hold {content} since")
+            wanted = [w for lo, hi, w in expected if w != now and lo < stop and start < hi]
+            if wanted:
+                raise self.broken("V6", f"reads {name}, but {part} hold {now} since, not {wanted[0]}")
 
     def check_write(self, name: str) -> None:
         self.check_alive(name)
@@ -180,7 +229,7 @@ class _Machine:
                 if part == operand and theirs.start == offset:
                     return True
                 value = self.graph.value(part)
-                offset += hint(value.numel, self.graph.size_hints) * value.dtype.itemsize
+                offset += hint(value.numel, self.sizes) * value.dtype.itemsize
         return False
 
     def supersede(self, node: Node) -> None:
@@ -228,14 +277,10 @@ class _Machine:
                     raise self.broken("V5", f"frees {storage}, which {pending} uses in flight")
         self.freed.add(storage)
 
-    def put(self, name: str) -> None:
-        """``name`` has been written: its bytes hold its storage's content."""
-        mine, root = self.where.bytes_of[name], self.where.roots[name]
-        self.written.add(root)
-        self.contents(mine).set(mine.start, mine.stop, root)
-
-    def contents(self, mine: Bytes) -> ByteMap[str | None]:
-        return self.content.setdefault(mine.space, ByteMap(None))
+    def put(self, name: str, writer: str) -> None:
+        """The place of ``name`` has been written and holds ``writer``."""
+        self.written.add(writer)
+        self.content.write(self.where.bytes_of[name], writer)
 
 
 _USE = {"V2": "are read by", "V3": "are the result of", "V4": "are the in-place buffer of"}
@@ -250,10 +295,7 @@ def _made(node: Node) -> tuple[str, ...]:
     that come into being, in place the sources."""
     if isinstance(node, Start):
         return node.sources if node.pending.in_place else tuple(result.name for result in node.pending.results)
-    if isinstance(node, Extern) and node.aliases:
-        fresh = [out.name for out, a in zip(node.outs, node.aliases, strict=True) if out is not None and a is None]
-        return (*fresh, *(version.name for version in node.versions))
-    return tuple(item.name for item in node.defs if isinstance(item, Value))
+    return tuple(name for name, _ in writings(node))
 
 
 def _one_storage(node: Node, same_root: bool) -> bool:
@@ -275,4 +317,4 @@ def _holds(start: Start) -> Iterator[tuple[Hold, str]]:
         yield (name, "V3"), result.name
 
 
-__all__ = ["verify"]
+__all__ = ["other_sizes", "verify"]

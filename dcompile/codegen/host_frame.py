@@ -15,8 +15,8 @@ from dcompile.ir.types import Value
 from dcompile.plan import Plan
 
 RESERVED = frozenset({"rt", "torch", "call", "views", "arena", "block", "inputs", "result", "first", "rc", "threads"})
-RESERVED |= {"clock", "alias", "fits", "start", "wait", "stream", "empty_strided", "LAYOUTS", "SHAPES", "STEPS", "shapes"}
-RESERVED |= {"cpu", "cuda", "device_cuda", "max", "min", "float", "_"}
+RESERVED |= {"clock", "alias", "fits", "start", "wait", "stream", "empty_strided", "LAYOUTS", "SHAPES", "STEPS"}
+RESERVED |= {"shapes", "cpu", "cuda", "device_cuda", "max", "min", "float", "_"}
 """Identifiers that host programs use themselves."""
 
 
@@ -113,7 +113,15 @@ class HostFrame(HostMemory):
     def _layout(self, value: Value) -> str:
         written = value.name in self._exposed_inputs()
         option = ", written=True" if written else ""
-        return f"rt.Layout({value.name!r}, {dtype_text(value.dtype)}, {value.device!r}{option})"
+        device = "any" if self._is_seed(value) else value.device
+        return f"rt.Layout({value.name!r}, {dtype_text(value.dtype)}, {device!r}{option})"
+
+    def _is_seed(self, value: Value) -> bool:
+        """A CUDA integer that only library calls read: it may really lie on the CPU (``runtime.inputs.ANY_DEVICE``)."""
+        if value.device == "cpu" or value.shape != () or not value.dtype.is_int:
+            return False
+        readers = [node for node in self.graph.nodes if value.name in node.operands]
+        return all(isinstance(node, Extern) for node in readers)
 
     def _exposed_inputs(self) -> frozenset[str]:
         """Inputs whose memory the program writes or returns: a copy would not do."""

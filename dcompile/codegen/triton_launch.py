@@ -23,8 +23,8 @@ PERSISTENT = 16384
 """Longest inner range held in registers at once: 32 f32 values in each of 512 threads."""
 
 SCRATCH_PERSISTENT = 32768
-"""The same for kernels with scratch memory, which exists in registers only: the scheduler's limit of bytes a row, so the
-longest row that can have scratch."""
+"""The same for kernels with scratch memory, which exists in registers only: the scheduler's limit of bytes a row, so
+the longest row that can have scratch."""
 
 FLAT = ((2**17, 256, 4), (2**62, 1024, 4))
 """(elements up to, block, warps) of kernels without an inner range: small ones are spread over more programs, large
@@ -177,4 +177,4 @@ def power_of_two(n: int) -> int:
 
 def _extent(axes: tuple[Axis, ...], hints: Mapping[sympy.Symbol, int]) -> int:
     total: Size = product(tuple(size for _, size in axes))
-    return hint(total, hints)
+    return hint(total, dict(hints))

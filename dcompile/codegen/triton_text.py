@@ -12,8 +12,8 @@ from dcompile.ir.index import FloorDiv, Mod, as_expr
 from dcompile.ir.types import DType, Size
 
 INT32_REACH = 2**31 - 2**17
-"""Index arithmetic whose every intermediate value stays below this is done in 32 bits. The distance to 2**31 is the room
-for positions of the last, partly masked block (blocks have at most 2**16 elements)."""
+"""Index arithmetic whose every intermediate value stays below this is done in 32 bits. The distance to 2**31 is the
+room for positions of the last, partly masked block (blocks have at most 2**16 elements)."""
 
 POINTER = {
     DType.F64: "*fp64", DType.F32: "*fp32", DType.F16: "*fp16", DType.BF16: "*bf16", DType.I64: "*i64",
@@ -103,7 +103,7 @@ def reach(expr: sympy.Expr, extents: Mapping[sympy.Symbol, Size]) -> int | None:
     if isinstance(expr, sympy.Mul):
         return math.prod(max(part, 1) for part in parts)
     if isinstance(expr, sympy.Pow):
-        return max(parts[0], 1) ** min(parts[1], 64)
+        return int(max(parts[0], 1) ** min(parts[1], 64))
     return max(parts)
 
 

@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 
-ALIGNMENT = 64
-"""Bytes. A block starts at a multiple of this, so arena offsets keep the alignment the planner gave them."""
+from dcompile.plan import ALIGNMENT
 
 
 class Block:
     """One set of arena memory, one piece a device type.
+
+    A piece starts at a multiple of ``ALIGNMENT``, so that offsets keep the alignment the planner gave them.
 
     Attributes:
         base: address of the first byte, by device type.
@@ -57,7 +58,6 @@ class Arena:
         self.nbytes = dict(nbytes)
         self._views = views
         self._free: dict[tuple[object, ...], list[Block]] = {}
-        self.blocks_made = 0
 
     def take(self, *devices: torch.device) -> Block:
         """A block nobody else uses, on these devices (none named: the CPU, or the current device of its type).
@@ -73,20 +73,11 @@ class Arena:
             block = Block(self.nbytes, {d.type: d for d in devices}, key)
             if self._views is not None:
                 block.tensors = self._views(block)
-            self.blocks_made += 1
             return block
 
     def give(self, block: Block) -> None:
         """Take ``block`` back for the next call."""
         self._free.setdefault(block.key, []).append(block)
-
-    def free_blocks(self) -> int:
-        """Blocks waiting for a call."""
-        return sum(len(blocks) for blocks in self._free.values())
-
-    def clear(self) -> None:
-        """Drop all waiting blocks; a later call makes a new one."""
-        self._free = {}
 
 
 def alias(

@@ -2,11 +2,12 @@
 
 An entry is a folder of files and a ``meta.json`` with their checksums. It appears by one rename, so it is whole or
 absent. One process builds an entry while the others wait for its file lock and then load; the lock of a process that
-dies vanishes with it.
+dies vanishes with it. An entry may be removed at any time: whoever fails to read one calls ``fetch`` again.
 """
 
 from __future__ import annotations
 
+import atexit
 import fcntl
 import hashlib
 import json
@@ -18,11 +19,12 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from dcompile.errors import CacheError
+from dcompile.runtime.trust import why_not_ours, why_replaceable
 
 META = "meta.json"
 VERSION = 1
@@ -77,7 +79,6 @@ class Cache:
     deadline_s: float = 300.0
     max_bytes: int = MAX_BYTES
     counters: CacheCounters = field(default_factory=CacheCounters)
-    _private: list[tempfile.TemporaryDirectory[str]] = field(default_factory=list)
     _warned: set[str] = field(default_factory=set)
 
     def find(self, key: str) -> Path | None:
@@ -86,7 +87,7 @@ class Cache:
             return None
         entry = self.folder / key[:2] / key
         try:
-            if not entry.exists() or not self._usable(_own_folder(self.folder) / key[:2] / key):
+            if not entry.exists() or not self._usable(_safe_folder(self.folder) / key[:2] / key):
                 return None
         except (OSError, _Unusable):
             return None
@@ -95,6 +96,9 @@ class Cache:
 
     def fetch(self, key: str, build: Callable[[Path], None]) -> Path:
         """The folder of the entry ``key``; ``build(folder)`` fills a new one if there is none that can be trusted.
+
+        May be called again with the same key at any time, and builds again what has been removed meanwhile. Folders
+        outside the cache live until the process ends.
 
         Raises:
             CacheError: ``key`` is no hexadecimal text, or ``build`` wrote no file.
@@ -105,7 +109,7 @@ class Cache:
         try:
             if self.folder is None:
                 return self._build_private(build)
-            root = _own_folder(self.folder)
+            root = _safe_folder(self.folder)
             entry = root / key[:2] / key
             if self._usable(entry):
                 self.counters.hits += 1
@@ -126,29 +130,36 @@ class Cache:
                 return self._touch(entry)
             if shutil.disk_usage(root).free < MIN_FREE_BYTES:
                 raise _Unusable(f"the disk of cache folder {root} is full")
-            with _os_errors(root):
-                fresh = Path(tempfile.mkdtemp(prefix="new-", dir=root))
-            try:
-                build(fresh)
-                with _os_errors(root):
-                    _seal(fresh, entry.name)
-                    _own_folder(entry.parent)
-                    if entry.exists() or entry.is_symlink():
-                        os.rename(entry, fresh.with_name(fresh.name + "-replaced"))
-                    os.rename(fresh, entry)
-            finally:
-                shutil.rmtree(fresh, ignore_errors=True)
-                shutil.rmtree(fresh.with_name(fresh.name + "-replaced"), ignore_errors=True)
+            self._build_entry(root, entry, build)
             self.counters.builds += 1
+        self._sweep(root)
         self._evict(root, keep=entry)
         return entry
 
+    def _build_entry(self, root: Path, entry: Path, build: Callable[[Path], None]) -> None:
+        """Build in a new folder and put it in place. The caller holds the lock of the entry."""
+        with _os_errors(root):
+            fresh = Path(tempfile.mkdtemp(prefix=f"new-{entry.name}-", dir=root))
+        try:
+            try:
+                build(fresh)
+            except Exception as error:
+                if fresh.exists():
+                    raise
+                raise _Unusable(f"cache folder {root} was removed during a build") from error
+            with _os_errors(root):
+                _seal(fresh, entry.name)
+                _own_folder(entry.parent)
+                _discard(root, entry)
+                os.rename(fresh, entry)
+        finally:
+            shutil.rmtree(fresh, ignore_errors=True)
+
     def _build_private(self, build: Callable[[Path], None]) -> Path:
-        holder = tempfile.TemporaryDirectory(prefix="dcompile-", ignore_cleanup_errors=True)
-        self._private.append(holder)
-        build(Path(holder.name))
+        folder = _private_folder()
+        build(folder)
         self.counters.builds += 1
-        return Path(holder.name)
+        return folder
 
     def _usable(self, entry: Path, count: bool = True) -> bool:
         """Whether ``entry`` is there, ours alone to write, and whole."""
@@ -184,38 +195,49 @@ class Cache:
             _Unusable: another process holds it beyond the deadline, or the folder cannot be written.
         """
         with _os_errors(root):
-            locks = _own_folder(root / "locks")
-            handle = os.open(locks / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        try:
+            path = _own_folder(root / "locks") / name
             until = time.monotonic() + deadline_s
-            while True:
-                try:
-                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    if time.monotonic() > until:
-                        raise _Unusable(
-                            f"another process has been building {name[:12]} in {root} for more than {deadline_s:g} s"
-                        ) from None
-                    time.sleep(POLL_S)
+            while (handle := _try_lock(path)) is None:
+                if time.monotonic() >= until:
+                    raise _Unusable(
+                        f"another process has been building {name[:12]} in {root} for more than {deadline_s:g} s"
+                    )
+                time.sleep(POLL_S)
+        try:
             yield
         finally:
+            with suppress(OSError):
+                if _is_at(handle, path):
+                    path.unlink()
             os.close(handle)
+
+    def _sweep(self, root: Path) -> None:
+        """Remove what killed processes left behind: unfinished folders older than the deadline, and locks."""
+        oldest = time.time() - self.deadline_s
+        for left in _unfinished(root):
+            with suppress(OSError, _Unusable):
+                if left.lstat().st_mtime < oldest:
+                    with self._lock(root, left.name.split("-")[1], 0.0):
+                        shutil.rmtree(left, ignore_errors=True)
+        for lock in (root / "locks").glob("*"):
+            with suppress(_Unusable), self._lock(root, lock.name, 0.0):
+                pass  # letting go of a lock removes its file
 
     def _evict(self, root: Path, keep: Path) -> None:
         """Remove the least recently used entries beyond ``max_bytes``; programs that run keep their mapped files."""
         try:
             entries = [path.parent for path in root.glob(f"??/*/{META}")]
             aged = sorted((((path / META).stat().st_mtime, path, _size(path)) for path in entries), key=lambda e: e[:2])
+            total = sum(size for _, _, size in aged) + sum(_size(path) for path in _unfinished(root))
         except OSError:
             return  # another process is removing entries right now
-        total = sum(size for _, _, size in aged)
         for _, path, size in aged:
             if total <= self.max_bytes:
                 return
             if path != keep:
-                shutil.rmtree(path, ignore_errors=True)
-                self.counters.evictions += 1
+                with suppress(OSError):
+                    _discard(root, path)
+                    self.counters.evictions += 1
                 total -= size
 
     def _warn(self, message: str) -> None:
@@ -233,37 +255,91 @@ def _os_errors(root: Path) -> Iterator[None]:
         raise _Unusable(f"cache folder {root} cannot be written ({error.strerror or error})") from error
 
 
+def _try_lock(path: Path) -> int | None:
+    """A descriptor of ``path`` that holds its lock; None if somebody else does."""
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if _is_at(handle, path):  # else its former holder has removed it, and the lock that counts is another file
+            return handle
+    except BlockingIOError:
+        pass
+    except OSError:
+        os.close(handle)
+        raise
+    os.close(handle)
+    return None
+
+
+def _is_at(handle: int, path: Path) -> bool:
+    """Whether the open file ``handle`` is the one that is called ``path`` now."""
+    try:
+        return os.path.samestat(os.fstat(handle), path.lstat())
+    except FileNotFoundError:
+        return False
+
+
+def _unfinished(root: Path) -> list[Path]:
+    """Folders that are being built or removed, ``new-KEY-*`` and ``old-KEY-*``, or that nobody finished."""
+    return [*root.glob("new-*"), *root.glob("old-*")]
+
+
+def _discard(root: Path, entry: Path) -> None:
+    """Remove ``entry`` if it is there, at once as seen by others."""
+    aside = tempfile.mkdtemp(prefix=f"old-{entry.name}-", dir=root)
+    try:
+        with suppress(FileNotFoundError):
+            os.rename(entry, Path(aside) / entry.name)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _private_folder() -> Path:
+    """A new folder for this process alone, removed when it ends (and not when a forked child does)."""
+    made = tempfile.mkdtemp(prefix="dcompile-")
+    atexit.register(_remove_if_ours, made, os.getpid())
+    return Path(made)
+
+
+def _remove_if_ours(folder: str, owner: int) -> None:
+    if os.getpid() == owner:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def _own_folder(path: Path) -> Path:
-    """``path``, made with mode 0700 if it is not there.
+    """``path``, made with mode 0700 if it is not there, like the folders above it.
 
     Raises:
         _Unusable: it cannot be made, or others could write to it.
     """
     with _os_errors(path):
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        why = _why_not_ours(path)
+        for missing in reversed([folder for folder in (path, *path.parents) if not folder.exists()]):
+            missing.mkdir(mode=0o700, exist_ok=True)
+        why = why_not_ours(path)
     if why is not None:
         raise _Unusable(f"cache folder {path} {why}")
     return path
 
 
-def _why_not_ours(path: Path) -> str | None:
-    """None if only this user can write ``path``."""
-    found = path.lstat()
-    if stat.S_ISLNK(found.st_mode):
-        found = path.stat()
-    if found.st_uid != os.getuid():
-        return f"belongs to user {found.st_uid}"
-    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        return f"can be written by other users (mode {stat.S_IMODE(found.st_mode):o})"
-    return None
+def _safe_folder(path: Path) -> Path:
+    """``_own_folder`` that nobody else can replace by another.
+
+    Raises:
+        _Unusable: see ``_own_folder``; or a folder on the way to it is open to others.
+    """
+    _own_folder(path)
+    with _os_errors(path):
+        why = why_replaceable(path)
+    if why is not None:
+        raise _Unusable(f"cache folder {path} is not safe: {why}")
+    return path
 
 
 def _why_untrusted(entry: Path) -> str | None:
     for path in (entry.parent, entry, *entry.iterdir()):
         if path.is_symlink():
             return f"contains a link, {path.name}"
-        if (why := _why_not_ours(path)) is not None:
+        if (why := why_not_ours(path)) is not None:
             return f"has a part, {path.name}, that {why}"
     return None
 
@@ -296,4 +372,4 @@ def _sha(path: Path) -> str:
 
 
 def _size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.iterdir())
+    return sum(path.lstat().st_size for path in folder.rglob("*"))

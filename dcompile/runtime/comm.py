@@ -6,6 +6,7 @@ another one in its place.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,28 +18,29 @@ import torch.distributed as dist
 
 from dcompile.errors import CompilerBug, DCompileError, DeadlineExceeded, Unsupported
 from dcompile.runtime import flat as fl
+from dcompile.runtime.kinds import LAUNCHES, Launched, Request
 
 
-class Handle:
+class Handle(Launched):
     """A collective in flight.
 
     Attributes:
         name: for messages: the pending's name, kind and source line.
-        works: ``torch.distributed`` works to wait for.
-        finish: what is left to do after the works are done (copies into planned memory, division for averages).
-        keep: tensors that must stay alive until then.
+        group: label of its group.
         on_cuda: waiting orders the current stream instead of blocking the host.
+        until_s: ``time.monotonic()`` at the end of its first wait's deadline; None before the first wait.
+        abandoned: it failed, so nobody knows when its buffers are free; they are kept for the life of the process.
     """
 
-    __slots__ = ("finish", "group", "keep", "name", "on_cuda", "works")
+    __slots__ = ("abandoned", "group", "name", "on_cuda", "until_s")
 
     def __init__(self, name: str, group: str) -> None:
+        super().__init__()
         self.name = name
         self.group = group
-        self.works: list[Any] = []
-        self.finish: list[Callable[[], object]] = []
-        self.keep: tuple[Any, ...] = ()
         self.on_cuda = False
+        self.until_s: float | None = None
+        self.abandoned = False
 
     def done(self) -> None:
         """Forget everything that was kept for the flight."""
@@ -82,19 +84,11 @@ class Team:
     size: int
 
 
-_registered: dict[str, dist.ProcessGroup] = {}
-
-
-def register_group(group: dist.ProcessGroup) -> None:
-    """Make a process group known by its name to programs compiled for it."""
-    _registered[group.group_name] = group
-
-
 def find_group(name: Any) -> dist.ProcessGroup:
     """The process group called ``name``; a ``ProcessGroup`` is returned as it is.
 
-    ``torch.distributed`` has no public lookup by name. Registered groups and the default group are found through
-    public attributes; for the rest the resolver that functional collectives use themselves is asked.
+    ``torch.distributed`` has no public lookup by name. The default group is found through public attributes; for the
+    rest the resolver that functional collectives use themselves is asked.
 
     Raises:
         Unsupported: no such group on this rank, naming it.
@@ -102,9 +96,8 @@ def find_group(name: Any) -> dist.ProcessGroup:
     if isinstance(name, dist.ProcessGroup):
         return name
     world = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
-    for known in (_registered.get(str(name)), world):
-        if known is not None and known.group_name == str(name):
-            return known
+    if world is not None and world.group_name == str(name):
+        return world
     try:
         return dist.distributed_c10d._resolve_process_group(name)  # type: ignore[attr-defined]
     except (RuntimeError, ValueError, KeyError, AttributeError, TypeError):
@@ -139,6 +132,7 @@ class TorchComm:
         for label, name in groups.items():
             group = find_group(name)
             self.teams[label] = Team(label, group, dist.get_rank(group), dist.get_world_size(group))
+        self._torn: set[int] = set()  # threads whose last start failed half way
 
     def start(
         self,
@@ -162,26 +156,35 @@ class TorchComm:
             name: how messages call it.
 
         Raises:
-            DCompileError: the backend refuses the collective, or a peer is gone.
+            DCompileError: the backend refuses the collective, or a peer is gone. If a part of a coalesced collective
+                was launched already, its memory is kept and this thread's next ``drain`` is not clean.
         """
         team = self.teams[group]
-        handle = Handle(name, group)
-        launch = _LAUNCHES.get(kind)
+        launch = LAUNCHES.get(kind)
         if launch is None:
             raise CompilerBug(f"{name}: no collective is called {kind!r}")
+        handle = Handle(name, group)
+        handle.keep = (sources, results)
+        handle.on_cuda = any(t.is_cuda for t in sources)
+        request = Request(team.process_group, team.rank, team.size, reduction, root, in_place)
         try:
-            for part in _by_dtype(sources):
+            parts = _by_dtype(sources)
+            if reduction is not None:
+                for part in parts:
+                    fl.check_reducible(sources[part[0]].dtype, reduction)
+            for part in parts:
                 mine = tuple(sources[n] for n in part)
                 theirs = tuple(results[n] for n in part)
                 if any(t.numel() for t in theirs) or any(t.numel() for t in mine):
-                    launch(handle, team, mine, theirs, _Request(reduction, root, in_place))
-        except DCompileError:
-            raise
-        except (RuntimeError, ValueError) as error:
+                    launch(handle, mine, theirs, request)
+        except BaseException as error:
+            if handle.works or not isinstance(error, Exception):  # an interrupt may have come after a launch
+                self._torn.add(threading.get_ident())
+                _abandon(handle)
+            if not isinstance(error, Exception):
+                raise
             who = f"rank {dist.get_rank()}: {name} on group {_who(team)}"
             raise DCompileError(f"{who} cannot start: {error}") from error
-        handle.keep += (sources, results)
-        handle.on_cuda = any(t.is_cuda for t in sources)
         return handle
 
     def wait(self, handle: Handle) -> None:
@@ -191,24 +194,28 @@ class TorchComm:
             DeadlineExceeded: it did not end in ``deadline_s``.
             DCompileError: a peer is gone or the backend failed.
         """
-        self._wait_until(handle, time.monotonic() + self.deadline_s)
+        handle.until_s = time.monotonic() + self.deadline_s
+        self._wait_until(handle, handle.until_s)
 
     def drain(self, handles: Iterable[Handle | None], patient: bool = True) -> bool:
-        """Wait for all of ``handles`` after an error, within one deadline together; True if nothing is in flight then.
+        """Wait for all of ``handles`` after an error; True if nothing of this thread's call is in flight then.
 
-        What cannot be ended keeps its memory for the life of the process, because the backend may still write to it.
-        Not ``patient`` (the user interrupts): do not wait.
+        One deadline holds for all of them together; if the error is a failed wait, that wait's deadline. What cannot
+        be ended keeps its memory for the life of the process, because the backend may still write to it. Not
+        ``patient`` (the user interrupts): do not wait.
         """
-        until = time.monotonic() + (self.deadline_s if patient else 0.0)
-        ended = True
-        for handle in handles:
-            if handle is None or not handle.works:
-                continue
+        flying = [handle for handle in handles if handle is not None and handle.works]
+        now = time.monotonic()
+        until = min((h.until_s for h in flying if h.until_s is not None), default=now + self.deadline_s)
+        ended = threading.get_ident() not in self._torn
+        self._torn.discard(threading.get_ident())
+        for handle in flying:
             try:
-                self._wait_until(handle, until)
+                if not handle.abandoned:
+                    self._wait_until(handle, until if patient else now)
             except DCompileError:
-                _quarantine.append(handle)
-                ended = False
+                pass  # the error that is under way says more
+            ended = ended and not handle.abandoned
         return ended
 
     def _wait_until(self, handle: Handle, until: float) -> None:
@@ -220,6 +227,7 @@ class TorchComm:
                 else:
                     work.wait(timedelta(seconds=max(until - time.monotonic(), SHORTEST_WAIT_S)))
         except RuntimeError as error:
+            _abandon(handle)
             who = f"rank {dist.get_rank()}: {handle.name} on group {_who(team)}"
             if "timed out" in str(error).lower() or "timeout" in str(error).lower():
                 raise DeadlineExceeded(
@@ -239,11 +247,10 @@ _quarantine: list[Handle] = []
 """Collectives that never ended: their memory must not be used for anything else."""
 
 
-@dataclass(frozen=True)
-class _Request:
-    reduction: str | None
-    root: int | None
-    in_place: bool
+def _abandon(handle: Handle) -> None:
+    """Keep the memory of ``handle`` for good."""
+    handle.abandoned = True
+    _quarantine.append(handle)
 
 
 def _who(team: Team) -> str:
@@ -257,141 +264,3 @@ def _by_dtype(tensors: Sequence[torch.Tensor]) -> list[list[int]]:
     for n, tensor in enumerate(tensors):
         found.setdefault(tensor.dtype, []).append(n)
     return list(found.values())
-
-
-def _native_avg(team: Team, tensor: torch.Tensor) -> bool:
-    """Only NCCL averages in every supported version of PyTorch; elsewhere the sum is divided at the wait."""
-    config = str(dist.get_backend_config(team.process_group))
-    return tensor.is_cuda and ("cuda:nccl" in config or config == "nccl")
-
-
-def _reduce_op(name: str) -> Any:
-    return getattr(dist.ReduceOp, name.upper())
-
-
-def _divide(tensor: torch.Tensor, ranks: int) -> torch.Tensor:
-    if tensor.dtype.is_floating_point or tensor.dtype.is_complex:
-        return tensor.div_(ranks)
-    return tensor.div_(ranks, rounding_mode="trunc")
-
-
-def _wire(team: Team, buffer: torch.Tensor, reduction: str) -> tuple[torch.Tensor, Any, bool, bool]:
-    """What to reduce, the backend's reduction, whether it is a copy of ``buffer``, whether to divide afterwards."""
-    wire, op, copied = fl.reducible(buffer, reduction)
-    if op != "avg" or _native_avg(team, wire):
-        return wire, _reduce_op(op), copied, False
-    return wire, dist.ReduceOp.SUM, copied, True
-
-
-def _all_reduce(handle: Handle, team: Team, sources: Any, results: Any, request: _Request) -> None:
-    assert request.reduction is not None
-    direct = fl.dense(results)
-    if direct:
-        buffer = results[0]
-        if not request.in_place:
-            buffer.copy_(sources[0])
-    else:
-        buffer = fl.one_row(sources)
-        if len(sources) == 1 and not request.in_place and buffer.data_ptr() == sources[0].data_ptr():
-            buffer = buffer.clone()
-    wire, op, copied, divide = _wire(team, buffer, request.reduction)
-    handle.works.append(dist.all_reduce(wire, op=op, group=team.process_group, async_op=True))
-    handle.keep += (buffer, wire)
-    if divide:
-        handle.finish.append(lambda: _divide(wire, team.size))
-    if copied:
-        handle.finish.append(lambda: buffer.view(-1).copy_(wire))
-    if not direct:
-        handle.finish.append(lambda: fl.from_rows(buffer, results, 1))
-
-
-def _all_gather(handle: Handle, team: Team, sources: Any, results: Any, request: _Request) -> None:
-    sent = fl.one_row(sources)
-    direct = fl.dense(results)
-    received = results[0] if direct else sent.new_empty(sent.numel() * team.size)
-    handle.works.append(_gather_single(fl.movable(received), fl.movable(sent), team.process_group))
-    handle.keep += (sent, received)
-    if not direct:
-        handle.finish.append(lambda: fl.from_rows(received, results, team.size))
-
-
-def _reduce_scatter(handle: Handle, team: Team, sources: Any, results: Any, request: _Request) -> None:
-    assert request.reduction is not None
-    sent = fl.to_rows(sources, team.size)
-    wire, op, _, divide = _wire(team, sent, request.reduction)
-    direct = fl.dense(results) and wire.dtype is results[0].dtype
-    received = results[0].view(-1) if direct else wire.new_empty(wire.numel() // team.size)
-    work, summed = _scatter_single(received, wire, op, team)
-    handle.works.append(work)
-    handle.keep += (sent, wire, received, summed)
-    if summed is not None:
-        share = received.numel()
-        handle.finish.append(lambda: received.copy_(summed[team.rank * share : (team.rank + 1) * share]))
-    if divide:
-        handle.finish.append(lambda: _divide(received, team.size))
-    if not direct:
-        handle.finish.append(lambda: fl.from_rows(_typed(received, results[0].dtype), results, 1))
-
-
-def _typed(wire: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A received wire buffer as ``dtype``: bits for bool and complex, values for widened integers."""
-    if wire.dtype is dtype:
-        return wire
-    return wire.view(dtype) if dtype is torch.bool or dtype.is_complex else wire.to(dtype)
-
-
-def _broadcast(handle: Handle, team: Team, sources: Any, results: Any, request: _Request) -> None:
-    assert request.root is not None
-    direct = fl.dense(results)
-    if direct:
-        buffer = results[0]
-        if not request.in_place and team.rank == request.root:
-            buffer.copy_(sources[0])
-    else:
-        buffer = fl.one_row(sources)
-        if len(sources) == 1 and not request.in_place and buffer.data_ptr() == sources[0].data_ptr():
-            buffer = buffer.clone()
-    root = dist.get_global_rank(team.process_group, request.root)
-    handle.works.append(dist.broadcast(fl.movable(buffer), src=root, group=team.process_group, async_op=True))
-    handle.keep += (buffer,)
-    if not direct:
-        handle.finish.append(lambda: fl.from_rows(buffer, results, 1))
-
-
-def _all_to_all(handle: Handle, team: Team, sources: Any, results: Any, request: _Request) -> None:
-    sent = fl.to_rows(sources, team.size)
-    direct = fl.dense(results)
-    received = results[0] if direct else torch.empty_like(sent)
-    handle.works.append(
-        dist.all_to_all_single(fl.movable(received), fl.movable(sent), group=team.process_group, async_op=True)
-    )
-    handle.keep += (sent, received)
-    if not direct:
-        handle.finish.append(lambda: fl.from_rows(received, results, team.size))
-
-
-_LAUNCHES: dict[str, Callable[[Handle, Team, Any, Any, _Request], None]] = {
-    "all_reduce": _all_reduce,
-    "all_gather": _all_gather,
-    "reduce_scatter": _reduce_scatter,
-    "broadcast": _broadcast,
-    "all_to_all": _all_to_all,
-}
-
-
-def _gather_single(output: torch.Tensor, source: torch.Tensor, group: dist.ProcessGroup) -> Any:
-    """``all_gather_single`` where PyTorch has it (2.13 on), else under its former name."""
-    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    return gather(output, source, group=group, async_op=True)
-
-
-def _scatter_single(output: torch.Tensor, source: torch.Tensor, op: Any, team: Team) -> tuple[Any, torch.Tensor | None]:
-    """A reduce-scatter; where the backend has none, an all-reduce of a copy whose own share is cut out at the wait."""
-    scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-    try:
-        return scatter(output, source, op=op, group=team.process_group, async_op=True), None
-    except RuntimeError as error:  # raised before anything is sent, on every rank alike
-        if "support" not in str(error):
-            raise
-    summed = source.clone()
-    return dist.all_reduce(summed, op=op, group=team.process_group, async_op=True), summed

@@ -16,8 +16,8 @@ _PLAIN_SHARED_BYTES = 48 * 1024
 """Shared memory a kernel gets without asking for more first."""
 
 TRAILING_NULLS = 4
-"""Null parameters after a kernel's own. Triton appends up to this many pointers to scratch memory that our kernels do not
-use; a launch reads as many parameters as the kernel has, so that more do no harm."""
+"""Null parameters after a kernel's own. Triton appends up to this many pointers to scratch memory that our kernels do
+not use; a launch reads as many parameters as the kernel has, so that more do no harm."""
 
 
 @lru_cache(maxsize=1)
@@ -103,7 +103,7 @@ def launcher(function: ctypes.c_void_p, count: int, threads: int, shared_bytes: 
             block = free.pop()  # list.pop is atomic: two threads never get the same block
         except IndexError:
             block = _Parameters(count)
-        block.values[:count] = values
+        block.values[:count] = values  # type: ignore[call-overload]
         status = call(function, programs, 1, 1, threads, 1, 1, shared_bytes, stream, block.pointers, None)
         free.append(block)
         if status:

@@ -22,6 +22,8 @@ BOOL_REDUCTIONS = {
 }
 """Reductions of 0/1 bytes that give 0/1 bytes: ``sum`` of bools is their logical or, ``product`` their and."""
 
+BITWISE_REDUCTIONS = ("band", "bor", "bxor")
+
 
 def movable(tensor: torch.Tensor) -> torch.Tensor:
     """The same bytes of a contiguous tensor, 1-D, in a dtype every backend moves.
@@ -34,21 +36,36 @@ def movable(tensor: torch.Tensor) -> torch.Tensor:
     return flat
 
 
-def reducible(tensor: torch.Tensor, reduction: str) -> tuple[torch.Tensor, str, bool]:
-    """A 1-D contiguous tensor and the reduction that does ``reduction`` on it, and whether it is a copy.
+def check_reducible(dtype: torch.dtype, reduction: str) -> None:
+    """Raise unless ``reducible`` knows how to do ``reduction`` on tensors of ``dtype``.
 
     Raises:
         DCompileError: no reduction of that kind exists for the dtype.
     """
+    if dtype is torch.bool:
+        defined = reduction in BOOL_REDUCTIONS
+    elif dtype.is_complex:
+        defined = reduction in ("sum", "avg")
+    else:
+        defined = not (dtype.is_floating_point and reduction in BITWISE_REDUCTIONS)
+    if not defined:
+        raise DCompileError(f"{reduction} over ranks is not defined for {dtype}: convert before the collective")
+
+
+def reducible(tensor: torch.Tensor, reduction: str) -> tuple[torch.Tensor, str, bool]:
+    """A 1-D contiguous tensor and the reduction that does ``reduction`` on it, and whether it is a copy.
+
+    Raises:
+        DCompileError: see ``check_reducible``.
+    """
+    check_reducible(tensor.dtype, reduction)
     flat = tensor.view(-1)
-    if flat.dtype is torch.bool and reduction in BOOL_REDUCTIONS:
+    if flat.dtype is torch.bool:
         return flat.view(torch.uint8), BOOL_REDUCTIONS[reduction], False
-    if flat.dtype.is_complex and reduction in ("sum", "avg"):
+    if flat.dtype.is_complex:
         return torch.view_as_real(flat).view(-1), reduction, False
     if flat.dtype is torch.int16:
         return flat.to(torch.int32), reduction, True
-    if flat.dtype is torch.bool or flat.dtype.is_complex:
-        raise DCompileError(f"a {reduction} over ranks is not defined for {flat.dtype}: convert before the collective")
     return flat, reduction, False
 
 

@@ -13,13 +13,17 @@ from dcompile.runtime.externs import describe, same_stride
 
 WIDEST_SCALAR_BYTES = 8
 
+ANY_DEVICE = "any"
+"""Device of inputs that only library calls read and that they may return elsewhere than they promise: the seeds that
+CUDA attention gives its backward lie on the CPU outside of graph capture."""
+
 
 @dataclass(frozen=True)
 class Layout:
     """What the program expects in one input place.
 
     Attributes:
-        dtype, device: of the tensor; ``device`` is a device type.
+        dtype, device: of the tensor; ``device`` is a device type or ``ANY_DEVICE``.
         written: the program writes this input or returns memory of it, so it cannot work on a copy.
     """
 
@@ -62,7 +66,7 @@ def conform(
         want = f"{describe(layout.dtype, shape, stride)} on {layout.device}"
         if not isinstance(tensor, torch.Tensor) or tensor.layout is not torch.strided:
             raise DCompileError(f"{program}: input {layout.name} must be a dense tensor {want}, got {tensor!r:.200}")
-        same = tensor.dtype is layout.dtype and tensor.device.type == layout.device
+        same = tensor.dtype is layout.dtype and layout.device in (tensor.device.type, ANY_DEVICE)
         if not same or tuple(tensor.shape) != tuple(shape):
             got = f"{describe(tensor.dtype, tensor.shape, tensor.stride())} on {tensor.device}"
             raise DCompileError(f"{program}: input {layout.name} must be {want}, got {got}; compile for these inputs")

@@ -50,7 +50,6 @@ class Runtime:
         self._recorder = recorder
         self._gpu = gpu
         self._seen: set[object] = set()
-        self._arenas: list[Arena] = []
 
     def kernel(self, symbol: str) -> Callable[..., int]:
         """The function of that name."""
@@ -74,9 +73,7 @@ class Runtime:
 
     def arena(self, nbytes: Mapping[str, int], views: Callable[[Block], tuple[torch.Tensor, ...]]) -> Arena:
         """The program's working memory."""
-        made = Arena(nbytes, views)
-        self._arenas.append(made)
-        return made
+        return Arena(nbytes, views)
 
     def conform(
         self, tensors: Sequence[torch.Tensor], layouts: Sequence[InputLayout], shapes: Sequence[tuple[Any, Any]]
@@ -132,11 +129,6 @@ class Runtime:
             raise CompilerBug(f"{self.name} was printed with a timeline but loaded without a recorder")
         return self._recorder.begin(self.name, steps)
 
-    def release(self) -> None:
-        """Free the working memory."""
-        for arena in self._arenas:
-            arena.clear()
-
 
 class Executable:
     """A callable program.
@@ -185,10 +177,6 @@ class Executable:
             with torch.no_grad():
                 return self.run(inputs)
         return self.run(inputs)
-
-    def release(self) -> None:
-        """Free the working memory now; a later call allocates it again."""
-        self.runtime.release()
 
     def __del__(self) -> None:
         linecache.cache.pop(getattr(self, "_filename", ""), None)

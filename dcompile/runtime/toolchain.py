@@ -10,9 +10,9 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Protocol
 
 import torch
 
@@ -40,29 +40,28 @@ OUTPUT_LINES = 40
 """Lines of compiler output an error message carries."""
 
 
-class HasArity(Protocol):
+@dataclass(frozen=True)
+class Arity:
     """Parameters of a kernel function: pointers, then int64 sizes, then the int64 thread count."""
 
-    @property
-    def buffers(self) -> int: ...
-    @property
-    def sizes(self) -> int: ...
+    buffers: int
+    sizes: int
 
 
 def find_compiler(cxx: str | None = None) -> tuple[str, ...]:
-    """The compiler command as a list of words: ``cxx``, else the first of ``g++``, ``clang++``, ``c++`` on the path.
+    """The compiler command, as words that begin with an absolute path: ``cxx``, else the first of ``CANDIDATES`` found.
 
     Raises:
         ToolchainError: there is none; the message says how to install one.
     """
     if cxx:
         words = tuple(shlex.split(cxx))
-        if words and shutil.which(words[0]):
-            return words
+        if words and (found := shutil.which(words[0])):
+            return (os.path.abspath(found), *words[1:])
         raise ToolchainError(f"the C++ compiler {cxx!r} is not on the path. Instead: {_HOW_TO_INSTALL}")
     for name in CANDIDATES:
         if found := shutil.which(name):
-            return (found,)
+            return (os.path.abspath(found),)
     raise ToolchainError(f"no C++ compiler ({', '.join(CANDIDATES)}) is on the path. Instead: {_HOW_TO_INSTALL}")
 
 
@@ -87,101 +86,93 @@ def command(source: Path, out: Path, cxx: str | None = None) -> tuple[str, ...]:
     return (*words, str(library), f"-Wl,-rpath,{library.parent}")
 
 
-class Compilation:
-    """A running compiler. ``result()`` waits for it; dropping the object stops it."""
-
-    def __init__(self, source: str, out: Path, cxx: str | None = None) -> None:
-        self._out = out
-        out.parent.mkdir(parents=True, exist_ok=True)
-        self._folder = tempfile.TemporaryDirectory(prefix="dcompile-", dir=out.parent)
-        folder = Path(self._folder.name)
-        self._log = folder / "log.txt"
-        self._made = folder / "kernels.so"
-        text = folder / "kernels.cpp"
-        text.write_text(source)
-        self._command = command(text, self._made, cxx)
-        with self._log.open("wb") as log:
-            try:
-                self._process = subprocess.Popen(
-                    self._command,
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
-                    cwd=folder,
-                    env=_environment(folder),
-                )
-            except OSError as error:
-                raise ToolchainError(f"cannot run {shlex.join(self._command)}: {error}") from error
-
-    def done(self) -> bool:
-        """Whether the compiler has finished."""
-        return self._process.poll() is not None
-
-    def result(self) -> Path:
-        """The finished library, put in place by an atomic rename.
-
-        Raises:
-            ToolchainError: the compiler failed; carries the command and the end of its output.
-        """
-        if not self._made.parent.exists():
-            return self._out
-        status = self._process.wait()
-        if status != 0:
-            lines = self._log.read_text(errors="replace").splitlines()
-            shown = "\n".join(lines[:OUTPUT_LINES])
-            self._folder.cleanup()
-            raise ToolchainError(f"the C++ compiler failed with status {status}\n{shlex.join(self._command)}\n{shown}")
-        os.replace(self._made, self._out)
-        self._folder.cleanup()
-        return self._out
-
-    def __del__(self) -> None:
-        process = getattr(self, "_process", None)
-        if process is not None and process.poll() is None:
-            process.kill()
-            process.wait()
-
-
-def compile_async(source: str, out: Path, cxx: str | None = None) -> Compilation:
-    """Start compiling C++ text to the shared library ``out``.
-
-    Raises:
-        ToolchainError: no compiler.
-    """
-    return Compilation(source, out, cxx)
-
-
 def compile_shared(source: str, out: Path, cxx: str | None = None) -> None:
-    """Compile C++ text to the shared library ``out``.
+    """Compile C++ text to the shared library ``out``, which is put in place by an atomic rename.
 
     Raises:
-        ToolchainError: no compiler, or it rejects the text.
+        ToolchainError: no compiler, or it rejects the text; carries the command and the beginning of its output.
     """
-    compile_async(source, out, cxx).result()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="dcompile-", dir=out.parent) as name:
+        folder = Path(name)
+        text, made = folder / "kernels.cpp", folder / "kernels.so"
+        text.write_text(source)
+        words = command(text, made, cxx)
+        _run(words, folder)
+        if not made.exists():
+            raise ToolchainError(f"the C++ compiler made no library\n{shlex.join(words)}")
+        os.replace(made, out)
 
 
-def _environment(folder: Path) -> dict[str, str]:
-    return {**os.environ, "TMPDIR": str(folder), "LC_ALL": "C"}
+PROBE = """#include <math.h>
+#include <stdint.h>
+extern "C" int64_t probe(double x) { return (int64_t)floor(x); }
+"""
+
+
+def probe(cxx: str | None = None) -> None:
+    """Return if the compiler makes a shared library of a few lines; each command is tried once a process.
+
+    Raises:
+        ToolchainError: no compiler, or it does not work (no headers, no linker, an unknown flag).
+    """
+    if (why := _probe_words(find_compiler(cxx))) is not None:
+        raise ToolchainError(why)
+
+
+@lru_cache(maxsize=8)
+def _probe_words(words: tuple[str, ...]) -> str | None:
+    """What is wrong with the compiler command ``words``; None if it works."""
+    with tempfile.TemporaryDirectory(prefix="dcompile-") as folder:
+        try:
+            compile_shared(PROBE, Path(folder) / "probe.so", shlex.join(words))
+        except ToolchainError as error:
+            return f"{error}\nInstead: {_HOW_TO_INSTALL}"
+    return None
+
+
+def _run(words: tuple[str, ...], folder: Path) -> str:
+    """Standard output of a command that runs in ``folder``, where its temporary files go too.
+
+    Raises:
+        ToolchainError: it cannot be run, or fails.
+    """
+    environment = {**os.environ, "TMPDIR": str(folder), "LC_ALL": "C"}
+    try:
+        done = subprocess.run(
+            words,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            cwd=folder,
+            env=environment,
+            check=False,
+            text=True,
+            errors="replace",
+        )
+    except OSError as error:
+        raise ToolchainError(f"cannot run {shlex.join(words)}: {error}") from error
+    if done.returncode != 0:
+        shown = "\n".join((done.stderr + done.stdout).splitlines()[:OUTPUT_LINES])
+        raise ToolchainError(f"the C++ compiler failed with status {done.returncode}\n{shlex.join(words)}\n{shown}")
+    return done.stdout
 
 
 @lru_cache(maxsize=8)
 def compiler_fingerprint(cxx: str | None = None) -> str:
-    """A short hash of what decides the machine code: compiler version, flags, the CPU features of ``-march=native``.
+    """A short hash of what decides the machine code: compiler command and version, flags, the CPU features of ``-march=native``.
 
     Raises:
         ToolchainError: no compiler, or it does not run.
     """
     words = find_compiler(cxx)
-    parts = [" ".join(FLAGS), str(openmp_library() or "")]
-    for probe in (("--version",), ("-march=native", "-E", "-dM", "-x", "c++", os.devnull)):
-        done = subprocess.run((*words, *probe), capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
-        if done.returncode != 0:
-            raise ToolchainError(f"{shlex.join((*words, *probe))} failed: {done.stderr.strip()}")
-        parts.append(done.stdout)
+    parts = [*words, *FLAGS, str(openmp_library() or "")]
+    with tempfile.TemporaryDirectory(prefix="dcompile-") as folder:
+        for question in (("--version",), ("-march=native", "-E", "-dM", "-x", "c++", os.devnull)):
+            parts.append(_run((*words, *question), Path(folder)))
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
-def load_functions(path: Path, signatures: Mapping[str, HasArity]) -> dict[str, Callable[..., int]]:
+def load_functions(path: Path, signatures: Mapping[str, Arity]) -> dict[str, Callable[..., int]]:
     """The functions of a compiled unit: each takes data pointers, sizes and the thread count as ints, gives its code.
 
     Raises:

@@ -1,9 +1,9 @@
 """Triton modules: compiled to cubins ahead of time, loaded and launched with little host time.
 
-A data-dependent index out of range or an integer division by zero does not stop the GPU. The kernel leaves a code in its
-fault word, which lies in pinned host memory, and continues with position 0 or divisor 1. The host looks at the words,
-without waiting for the GPU, when the program is called the next time, and raises then; ``GpuKernels.check`` raises at
-once if the caller has synchronised before.
+A data-dependent index out of range or an integer division by zero does not stop the GPU. The kernel leaves a code in
+its fault word, which lies in pinned host memory, and continues with position 0 or divisor 1. The host looks at the
+words, without waiting for the GPU, when the program is called the next time, and raises then. ``GpuKernels.check``
+raises at once if the caller has synchronised before.
 """
 
 from __future__ import annotations
@@ -197,7 +197,7 @@ class GpuKernels:
         kernels = [Compiled(**{**entry, "buffers": tuple(entry["buffers"])}) for entry in found["kernels"]]
         self._device = torch.cuda.current_device()
         self._faults = torch.zeros(max(len(kernels), 1), dtype=torch.int32).pin_memory()
-        self._words = memoryview(self._faults.numpy())
+        self._words = memoryview(self._faults.numpy())  # type: ignore[arg-type]
         self._kernels = kernels
         self._context = primary_context(self._device)
         enter_context(self._context)

@@ -65,21 +65,28 @@ def _load_through(node: Pointwise | Reduction | Store, views: dict[str, View]) -
 
 
 def merge_equal(graph: Graph, ctx: Context) -> Graph:
-    """Nodes that compute the same from the same become one, unless something writes into either result."""
+    """Nodes that compute the same from the same become one, unless something writes into either result or both are
+    returned. A storage that was written in between, under whatever name, is not the same any more."""
+    roots = storage_roots(graph)
     mutated = {name for node in graph.nodes for name in node.mutates}
-    bases = {node.out.name: node.base for node in graph.nodes if isinstance(node, View)}
-    pinned = mutated | {bases[name] for name in mutated if name in bases} | graph.output_names
+    own_memory = {roots[name] for name in mutated | graph.output_names}
+    writes: dict[str, int] = {}
     seen: dict[tuple[object, ...], Value] = {}
     names: dict[str, str] = {}
     nodes: list[Node] = []
     for node in graph.nodes:
         node = node.rename(names) if any(name in names for name in node.operands) else node
-        if isinstance(node, Pointwise | Reduction | View) and node.out.name not in pinned:
-            key = _value_key(node)
-            first = seen.setdefault(key, node.out)
-            if first is not node.out:
-                names[node.out.name] = first.name
-                continue
+        if isinstance(node, Pointwise | Reduction | View):
+            out = node.out.name
+            pinned = out in mutated or out in graph.output_names if isinstance(node, View) else out in own_memory
+            if not pinned:
+                state = tuple(writes.get(roots[name], 0) for name in node.operands)
+                first = seen.setdefault((*_value_key(node), state), node.out)
+                if first is not node.out:
+                    names[out] = first.name
+                    continue
+        for root in {roots[name] for name in node.mutates}:
+            writes[root] = writes.get(root, 0) + 1
         nodes.append(node)
     return graph.with_nodes(tuple(nodes))
 
@@ -104,15 +111,17 @@ def is_copy_of(node: Node) -> str | None:
 
 
 def drop_copies(graph: Graph, ctx: Context) -> Graph:
-    """A copy nobody writes to and the caller does not get is the original, if layout and dtype agree."""
-    storage_written = {name for node in graph.nodes for name in node.mutates}
-    versions_written = storage_written | {d.name for node in graph.nodes if node.mutates for d in node.defs}
+    """A copy is the original, if layout and dtype agree, nobody writes into the copy's storage, nobody writes into the
+    original's after the copy was taken, and the caller does not get the copy or a view of it."""
+    roots = storage_roots(graph)
+    last_write = {roots[name]: at for at, node in enumerate(graph.nodes) for name in node.mutates}
+    returned = {roots[name] for name in graph.output_names}
     names: dict[str, str] = {}
     nodes: list[Node] = []
-    for node in graph.nodes:
+    for at, node in enumerate(graph.nodes):
         node = node.rename(names) if any(name in names for name in node.operands) else node
         source = is_copy_of(node)
-        if isinstance(node, Pointwise) and source is not None and node.out.name not in graph.output_names:
+        if isinstance(node, Pointwise) and source is not None and node.out.name not in returned:
             original, copy = graph.value(source), node.out
             alike = (original.shape, original.stride, original.dtype, original.device) == (
                 copy.shape,
@@ -120,7 +129,7 @@ def drop_copies(graph: Graph, ctx: Context) -> Graph:
                 copy.dtype,
                 copy.device,
             )
-            if alike and copy.name not in storage_written and source not in versions_written:
+            if alike and copy.name not in last_write and last_write.get(roots[source], -1) < at:
                 names[copy.name] = source
                 continue
         nodes.append(node)

@@ -1,4 +1,4 @@
-"""Printed Triton kernels without a GPU: interpreted against the reference, compiled for Hopper, and what the text says."""
+"""Printed Triton kernels without a GPU: interpreted against the reference, compiled for Hopper, read as text."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ pytest.importorskip("triton")
 REPOSITORY = Path(__file__).parents[3]
 HOPPER = 90
 GROUPS = 4
-"""Processes the interpreted cases are divided among; each imports torch and Triton, which takes longer than its cases."""
+"""Processes the interpreted cases are divided among: each imports torch and Triton, as long as its cases take."""
 
 FORMS = ("softmax", "softmax_looped", "dynamic", "columns", "columns_looped", "argmax_f32", "any", "stored_looped",
          "full", "gather", "padded", "atomic_f32", "randn", "to_bf16", "ops_bool")  # fmt: skip

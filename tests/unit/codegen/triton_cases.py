@@ -1,4 +1,4 @@
-"""Kernels of every form the Triton printer prints, with random inputs: for the interpreter, the compiler and real GPUs."""
+"""Kernels of every form the Triton printer prints, with random inputs: for interpreter, compiler and real GPUs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,23 @@ from dcompile.ir.ops import OPS
 from dcompile.ir.types import DType, Value
 from dcompile.schedule.fuse import fuse
 from tests.unit.codegen.kernels import (
-    BF16, BOOL, F16, F32, F64, I0, I1, I64, R0, P, S, V, column_sum, kernel_graph, pointwise, softmax, value,
+    BF16,
+    BOOL,
+    F16,
+    F32,
+    F64,
+    I0,
+    I1,
+    I64,
+    R0,
+    P,
+    S,
+    V,
+    column_sum,
+    kernel_graph,
+    pointwise,
+    softmax,
+    value,
 )  # fmt: skip
 from tests.unit.schedule.passes import context
 
@@ -168,7 +184,7 @@ def fused_case(text: str, seed: int = 0, integers: int = 4, launch: Launch | Non
             inputs.append(torch.randn(shape, generator=generator).to(item.dtype.torch))
         else:
             inputs.append(torch.randint(0, integers, shape, generator=generator).to(item.dtype.torch))
-    launches = {n: launch for n in range(len(graph.nodes))} if launch else None
+    launches = dict.fromkeys(range(len(graph.nodes)), launch) if launch else None
     return Case(on_cuda(graph), inputs, 1e-5, launches)
 
 
@@ -205,6 +221,11 @@ graph f(x: f32[6, 10], y: bf16[10, 6]) {
   o: f32[10, 6] = pointwise (i0: 10, i1: 6) exp(x[i1, i0]) + to_f32(y[i0, i1])
   return %o
 }"""
+
+
+def column_sum_case() -> Case:
+    graph = kernel_graph([value("x", (30, 9))], column_sum(30, 9))
+    return Case(on_cuda(graph), [torch.randn(30, 9)], 1e-5)
 
 
 def gather_case() -> Case:
@@ -288,7 +309,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "any": lambda: fold_case("any", BOOL),
     "columns": lambda: fused_case(COLUMNS),
     "columns_looped": lambda: fused_case(COLUMNS, launch=TILED),
-    "column_sum": lambda: Case(on_cuda(kernel_graph([value("x", (30, 9))], column_sum(30, 9))), [torch.randn(30, 9)], 1e-5),
+    "column_sum": column_sum_case,
     "layer_norm": lambda: fused_case(LAYER_NORM),
     "stored": lambda: fused_case(STORED),
     "stored_looped": lambda: fused_case(STORED, launch=LOOPED),

@@ -2,6 +2,10 @@ from __future__ import annotations
 
 import multiprocessing as mp
 import os
+import shutil
+import subprocess
+import sys
+import threading
 import time
 import warnings
 from pathlib import Path
@@ -137,6 +141,144 @@ def test_a_failed_build_leaves_nothing_behind(folder: Path) -> None:
         Cache(folder).fetch(KEY, build)
     assert [path.name for path in folder.iterdir()] == ["locks"]
     assert Cache(folder).fetch(KEY, write("a")).is_dir()
+
+
+def test_fetch_builds_again_what_has_been_removed(folder: Path) -> None:
+    cache = Cache(folder)
+    built: list[str] = []
+    entry = cache.fetch(KEY, write("a", built))
+    for gone in (entry / "host.py", entry, entry.parent, folder):
+        found = cache.find(KEY)
+        assert found == entry
+        shutil.rmtree(gone) if gone.is_dir() else gone.unlink()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # an entry that lacks a file is reported as corrupt
+            assert cache.fetch(KEY, write("a", built)) == entry
+        assert (entry / "host.py").read_text() == "a"
+    assert len(built) == 5
+    private = Cache(None)
+    shutil.rmtree(private.fetch(KEY, write("a")))
+    assert (private.fetch(KEY, write("b")) / "host.py").read_text() == "b"
+
+
+def test_a_cache_removed_during_a_build_means_a_private_folder(folder: Path) -> None:
+    def build(into: Path) -> None:
+        if folder in into.parents:
+            shutil.rmtree(folder)
+        (into / "host.py").write_text("a")
+
+    cache = Cache(folder)
+    with pytest.warns(RuntimeWarning, match="removed"):
+        found = cache.fetch(KEY, build)
+    assert (found / "host.py").read_text() == "a"
+    assert cache.fetch(KEY, write("b")) == folder / KEY[:2] / KEY
+
+
+def test_an_os_error_of_the_build_itself_is_raised(folder: Path) -> None:
+    def build(into: Path) -> None:
+        raise FileNotFoundError("no such tool")
+
+    with pytest.raises(FileNotFoundError, match="no such tool"):
+        Cache(folder).fetch(KEY, build)
+
+
+EXITS = """
+import gc, os, sys
+from pathlib import Path
+from dcompile.runtime.cache import Cache
+def build(into):
+    (into / "host.py").write_text("a")
+made = Cache(None).fetch("0" * 64, build)
+gc.collect()
+assert (made / "host.py").read_text() == "a"
+if os.fork() == 0:
+    sys.exit()
+os.wait()
+assert made.exists(), "a child has removed it"
+print(made)
+"""
+
+
+def test_private_folders_live_as_long_as_the_process_that_made_them() -> None:
+    done = subprocess.run([sys.executable, "-c", EXITS], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+    assert not Path(done.stdout.strip()).exists()
+
+
+def test_no_locks_stay(folder: Path) -> None:
+    Cache(folder).fetch(KEY, write("a"))
+    with pytest.raises(ValueError, match="broken"):
+        Cache(folder).fetch(cache_key("other"), _broken)
+    assert not list((folder / "locks").iterdir())
+
+
+def _broken(into: Path) -> None:
+    raise ValueError("broken")
+
+
+def test_leftovers_of_killed_builds_go(folder: Path) -> None:
+    context = mp.get_context("fork")
+    dead = context.Process(target=_rank, args=(folder, folder.parent / "log", True))
+    dead.start()
+    dead.join(60)
+    (left,) = folder.glob("new-*")
+    (left / "tmp").mkdir()
+    Cache(folder, deadline_s=60).fetch(cache_key("young"), write("a"))
+    assert left.exists()  # could be a build in progress on another machine
+    os.utime(left, (time.time() - 61,) * 2)
+    Cache(folder, deadline_s=60).fetch(cache_key("old"), write("a"))
+    assert not left.exists()
+    assert not list((folder / "locks").iterdir())
+
+
+def test_a_build_in_progress_is_no_leftover(folder: Path) -> None:
+    running: list[Path] = []
+
+    def build(into: Path) -> None:
+        running.append(into)
+        os.utime(into, (0, 0))
+        Cache(folder, deadline_s=1).fetch(cache_key("other"), write("b"))
+        assert into.exists()
+        assert (folder / "locks" / KEY).exists()
+        (into / "host.py").write_text("a")
+
+    assert (Cache(folder).fetch(KEY, build) / "host.py").read_text() == "a"
+    assert not running[0].exists()
+
+
+def test_a_waiter_does_not_take_a_removed_lock_for_held(folder: Path) -> None:
+    """Its holder unlinks a lock; who waited for that inode must lock the file that has its name now."""
+    Cache(folder).fetch(cache_key("other"), write("a"))
+    order: list[str] = []
+
+    def wait(name: str) -> None:
+        with Cache(folder)._lock(folder, KEY, 30):
+            order.append(name)
+            held.append(name)
+            time.sleep(0.1)
+            assert held == [name]
+            held.remove(name)
+
+    held: list[str] = []
+    with Cache(folder)._lock(folder, KEY, 1):
+        threads = [threading.Thread(target=wait, args=(name,)) for name in "abcd"]
+        for thread in threads:
+            thread.start()
+        time.sleep(0.1)
+    for thread in threads:
+        thread.join()
+    assert sorted(order) == list("abcd")
+    assert not held
+
+
+def test_unfinished_builds_count_for_eviction(folder: Path) -> None:
+    first = Cache(folder).fetch(KEY, write("a"))
+    (folder / "new-0-x").mkdir()
+    (folder / "new-0-x" / "kernels.o").write_text("x" * 5000)
+    cache = Cache(folder, max_bytes=5000)
+    cache.fetch(cache_key("other"), write("b"))
+    assert not first.exists()
 
 
 def test_the_least_recently_used_entries_go(folder: Path) -> None:

@@ -11,15 +11,18 @@ from dcompile.runtime.comm import Handle
 from dcompile.runtime.externs import resolve_op, seeds
 from dcompile.runtime.program import Executable
 from tests.adversary import AdversaryComm, World
+from tests.unit.runtime.blocks import waiting_blocks
 
 SOURCE = """
 arena = rt.arena({"cpu": 64}, lambda block: ())
+taken = []
 
 def call(inputs):
     x, = inputs
     inputs.clear()
     p = None
     block = arena.take()
+    taken.append(block)
     try:
         p = rt.comm.start("all_reduce", (x,), (x,), "g0", "sum", None, True, "p")
         rt.fault(int(x.numel() > 3), "aten.index at m.py:3")
@@ -43,18 +46,20 @@ class Stuck(AdversaryComm):
 def test_an_error_ends_what_is_in_flight_and_gives_the_block_back() -> None:
     comm = World(1, ranks=2).comm()
     run = Executable(SOURCE, "f", {}, comm)
+    taken = run.run.__globals__["taken"]
     assert run([torch.ones(3)])[0].tolist() == [2, 2, 2]
     with pytest.raises(IndexError, match=r"index out of range in aten\.index at m\.py:3"):
         run([torch.ones(4)])
     assert comm.launched == comm.waited == ["p", "p"]
-    assert run.runtime._arenas[0].free_blocks() == run.runtime._arenas[0].blocks_made == 1
+    assert taken[0] is taken[1]
+    assert len(waiting_blocks(run)) == 1
 
 
 def test_a_block_that_may_still_be_written_is_not_used_again() -> None:
     run = Executable(SOURCE, "f", {}, Stuck(World(1, ranks=2), 0))
     with pytest.raises(IndexError):
         run([torch.ones(4)])
-    assert run.runtime._arenas[0].free_blocks() == 0
+    assert not waiting_blocks(run)
 
 
 def test_tracebacks_show_the_generated_line() -> None:

@@ -1,0 +1,189 @@
+"""How each kind of collective is launched on ``torch.distributed``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from dcompile.runtime import flat as fl
+
+
+class Launched:
+    """What has been launched of a collective so far.
+
+    Attributes:
+        works: ``torch.distributed`` works to wait for.
+        finish: what is left to do after the works are done (copies into planned memory, division for averages).
+        keep: tensors that must stay alive until then.
+    """
+
+    __slots__ = ("finish", "keep", "works")
+
+    def __init__(self) -> None:
+        self.works: list[Any] = []
+        self.finish: list[Callable[[], object]] = []
+        self.keep: tuple[Any, ...] = ()
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a collective is asked to do.
+
+    Attributes:
+        group: the processes; ``rank`` and ``size`` are this one's number and their count.
+        reduction: ``collectives.nodes.REDUCTIONS`` name for reducing kinds.
+        root: sending rank within the group, for ``broadcast``.
+        in_place: results are the sources.
+    """
+
+    group: dist.ProcessGroup
+    rank: int
+    size: int
+    reduction: str | None
+    root: int | None
+    in_place: bool
+
+
+Tensors = Sequence[torch.Tensor]
+
+
+def _native_avg(group: dist.ProcessGroup, tensor: torch.Tensor) -> bool:
+    """Only NCCL averages in every supported version of PyTorch; elsewhere the sum is divided at the wait."""
+    config = str(dist.get_backend_config(group))
+    return tensor.is_cuda and ("cuda:nccl" in config or config == "nccl")
+
+
+def _divide(tensor: torch.Tensor, ranks: int) -> torch.Tensor:
+    if tensor.dtype.is_floating_point or tensor.dtype.is_complex:
+        return tensor.div_(ranks)
+    return tensor.div_(ranks, rounding_mode="trunc")
+
+
+def _wire(request: Request, buffer: torch.Tensor) -> tuple[torch.Tensor, Any, bool, bool]:
+    """What to reduce, the backend's reduction, whether it is a copy of ``buffer``, whether to divide afterwards."""
+    assert request.reduction is not None
+    wire, op, copied = fl.reducible(buffer, request.reduction)
+    if op != "avg" or _native_avg(request.group, wire):
+        return wire, getattr(dist.ReduceOp, op.upper()), copied, False
+    return wire, dist.ReduceOp.SUM, copied, True
+
+
+def _typed(wire: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A received wire buffer as ``dtype``: bits for bool and complex, values for widened integers."""
+    if wire.dtype is dtype:
+        return wire
+    return wire.view(dtype) if dtype is torch.bool or dtype.is_complex else wire.to(dtype)
+
+
+def _shared_buffer(launched: Launched, sources: Tensors, results: Tensors, in_place: bool, filled: bool) -> Any:
+    """The buffer that is both sent and received: the only result itself if it is contiguous, else a flat copy.
+
+    Args:
+        filled: the buffer must hold the sources.
+    """
+    if fl.dense(results):
+        if filled and not in_place:
+            results[0].copy_(sources[0])
+        launched.keep += (results[0],)
+        return results[0]
+    buffer = fl.one_row(sources)
+    if len(sources) == 1 and not in_place and buffer.data_ptr() == sources[0].data_ptr():
+        buffer = buffer.clone()
+    launched.keep += (buffer,)
+    return buffer
+
+
+def _all_reduce(launched: Launched, sources: Tensors, results: Tensors, request: Request) -> None:
+    buffer = _shared_buffer(launched, sources, results, request.in_place, filled=True)
+    wire, op, copied, divide = _wire(request, buffer)
+    launched.keep += (wire,)
+    launched.works.append(dist.all_reduce(wire, op=op, group=request.group, async_op=True))
+    if divide:
+        launched.finish.append(lambda: _divide(wire, request.size))
+    if copied:
+        launched.finish.append(lambda: buffer.view(-1).copy_(wire))
+    if not fl.dense(results):
+        launched.finish.append(lambda: fl.from_rows(buffer, results, 1))
+
+
+def _broadcast(launched: Launched, sources: Tensors, results: Tensors, request: Request) -> None:
+    assert request.root is not None
+    buffer = _shared_buffer(launched, sources, results, request.in_place, filled=request.rank == request.root)
+    root = dist.get_global_rank(request.group, request.root)
+    launched.works.append(dist.broadcast(fl.movable(buffer), src=root, group=request.group, async_op=True))
+    if not fl.dense(results):
+        launched.finish.append(lambda: fl.from_rows(buffer, results, 1))
+
+
+def _all_gather(launched: Launched, sources: Tensors, results: Tensors, request: Request) -> None:
+    sent = fl.one_row(sources)
+    direct = fl.dense(results)
+    received = results[0] if direct else sent.new_empty(sent.numel() * request.size)
+    launched.keep += (sent, received)
+    launched.works.append(_gather_single(fl.movable(received), fl.movable(sent), request.group))
+    if not direct:
+        launched.finish.append(lambda: fl.from_rows(received, results, request.size))
+
+
+def _reduce_scatter(launched: Launched, sources: Tensors, results: Tensors, request: Request) -> None:
+    sent = fl.to_rows(sources, request.size)
+    wire, op, _, divide = _wire(request, sent)
+    direct = fl.dense(results) and wire.dtype is results[0].dtype
+    received = results[0].view(-1) if direct else wire.new_empty(wire.numel() // request.size)
+    launched.keep += (sent, wire, received)
+    work, summed = _scatter_single(received, wire, op, request.group)
+    launched.works.append(work)
+    if summed is not None:
+        share = received.numel()
+        launched.keep += (summed,)
+        launched.finish.append(lambda: received.copy_(summed[request.rank * share : (request.rank + 1) * share]))
+    if divide:
+        launched.finish.append(lambda: _divide(received, request.size))
+    if not direct:
+        launched.finish.append(lambda: fl.from_rows(_typed(received, results[0].dtype), results, 1))
+
+
+def _all_to_all(launched: Launched, sources: Tensors, results: Tensors, request: Request) -> None:
+    sent = fl.to_rows(sources, request.size)
+    direct = fl.dense(results)
+    received = results[0] if direct else torch.empty_like(sent)
+    launched.keep += (sent, received)
+    launched.works.append(
+        dist.all_to_all_single(fl.movable(received), fl.movable(sent), group=request.group, async_op=True)
+    )
+    if not direct:
+        launched.finish.append(lambda: fl.from_rows(received, results, request.size))
+
+
+LAUNCHES: dict[str, Callable[[Launched, Tensors, Tensors, Request], None]] = {
+    "all_reduce": _all_reduce,
+    "all_gather": _all_gather,
+    "reduce_scatter": _reduce_scatter,
+    "broadcast": _broadcast,
+    "all_to_all": _all_to_all,
+}
+"""``launch(launched, sources, results, request)`` by ``collectives.nodes.Kind`` value; tensors of one dtype."""
+
+
+def _gather_single(output: torch.Tensor, source: torch.Tensor, group: dist.ProcessGroup) -> Any:
+    """``all_gather_single`` where PyTorch has it (2.13 on), else under its former name."""
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    return gather(output, source, group=group, async_op=True)
+
+
+def _scatter_single(
+    output: torch.Tensor, source: torch.Tensor, op: Any, group: dist.ProcessGroup
+) -> tuple[Any, torch.Tensor | None]:
+    """A reduce-scatter; where the backend has none, an all-reduce of a copy whose own share is cut out at the wait."""
+    scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    try:
+        return scatter(output, source, op=op, group=group, async_op=True), None
+    except RuntimeError as error:  # raised before anything is sent, on every rank alike
+        if "support" not in str(error):
+            raise
+    summed = source.clone()
+    return dist.all_reduce(summed, op=op, group=group, async_op=True), summed
