@@ -37,8 +37,18 @@ from dcompile.options import Options
 from dcompile.plan import Plan
 from dcompile.runtime.cache import Cache, cache_key
 from dcompile.runtime.comm import group_size
-from dcompile.runtime.compiled import Arity, CompiledGraph, Facts, read_facts, settle, write_entry, write_gpu_kernels
-from dcompile.runtime.toolchain import compiler_fingerprint, find_compiler
+from dcompile.runtime.compiled import (
+    VANISHED,
+    CompiledGraph,
+    Facts,
+    Loaded,
+    fetch_and_load,
+    load_entry,
+    settle,
+    write_entry,
+    write_gpu_kernels,
+)
+from dcompile.runtime.toolchain import Arity, compiler_fingerprint, probe
 from dcompile.runtime.triton_kernels import triton_fingerprint
 from dcompile.schedule.bucket import bucket_collectives
 from dcompile.schedule.fuse import fuse
@@ -190,11 +200,10 @@ def compile_graph(gm: fx.GraphModule, name: str, options: Options) -> Built:
     cache = _cache(None if watched else options.cache_dir, options.deadline_s)
     key = _key(lowered, options)
     complete = partial(_complete, lowered.extra_inputs)
-    entry = cache.find(key)
-    if entry is not None:
-        _count(read_facts(entry), hits=1)
-        ready: Future[Path] = Future()
-        ready.set_result(entry)
+    if (found := _cached(cache, key)) is not None:
+        _count(found.facts, hits=1)
+        ready: Future[Loaded] = Future()
+        ready.set_result(found)
         return Built(name, CompiledGraph(name, ready, lowered.group_names, complete, options))
     plan = run_passes(lowered.graph, _context(lowered, options), watch)
     with watch.stage("codegen"):
@@ -210,7 +219,7 @@ def compile_graph(gm: fx.GraphModule, name: str, options: Options) -> Built:
             write_gpu_kernels(folder, gpu.source, gpu.signatures)
 
     _count(facts, misses=1)
-    building = _builders().submit(cache.fetch, key, build)
+    building = _builders().submit(fetch_and_load, cache, key, build)
     run = CompiledGraph(name, building, lowered.group_names, complete, options)
     return Built(name, run, plan, module, host, dict(watch.seconds))
 
@@ -231,6 +240,15 @@ os.register_at_fork(after_in_child=_builders.cache_clear)
 @lru_cache(maxsize=8)
 def _cache(folder: Path | None, deadline_s: float) -> Cache:
     return Cache(folder, deadline_s)
+
+
+def _cached(cache: Cache, key: str) -> Loaded | None:
+    """The entry ``key``; None if there is none, or if it is removed at this very moment."""
+    entry = cache.find(key)
+    try:
+        return load_entry(entry) if entry is not None else None
+    except VANISHED:
+        return None
 
 
 def _context(lowered: Lowered, options: Options) -> Context:
@@ -305,7 +323,7 @@ def _why_no_kernels(graph: Graph, options: Options) -> str | None:
                 return f"{', '.join(node.origin.ops)} mixes tensors of {' and '.join(sorted(mixed))}"
     if "cpu" in _loop_devices(graph):
         try:
-            find_compiler(options.cxx)
+            probe(options.cxx)
         except ToolchainError as error:
             return str(error)
     return None

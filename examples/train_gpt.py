@@ -319,7 +319,7 @@ def communication_hidden(backend: str) -> str:
     import dcompile
 
     summary = dcompile.communication_summary()
-    if summary is None or summary.hidden_share is None:
+    if summary is None:
         return "communication hidden: not measured"
     return (
         f"communication hidden: {summary.hidden_share:.0%} of {summary.total_us / 1e3:.1f} ms, "

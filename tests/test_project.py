@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import importlib.util
 import os
 import re
@@ -10,10 +11,13 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from dcompile.options import Options
 
 ROOT = Path(__file__).parents[1]
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -162,3 +166,60 @@ def test_every_package_folder_is_shipped() -> None:
         without = [path.parent for path in folder.rglob("*.py") if not (path.parent / "__init__.py").is_file()]
         assert not without, package
         assert (folder / "py.typed").is_file()
+
+
+UNWANTED = {
+    "number of an issue": r"(?i)\bissues? ?#?\d|(?<![\w&])#\d",
+    "word of a tracker": r"(?i)\b(?:[j]ira|[t]ickets?|[s]prints?|[w]orkplaces?)\b",
+    "absolute path of a machine": r"(?<![\w.}])/(?:home|Users|root|work|workspace)/\w",
+    "address of a package registry": r"(?i)\b(?:pypi|pythonhosted)\.org|download\.pytorch\.|-{2}(?:extra-)?index-url",
+}
+"""What the repository's text does not say: it describes the program, for any machine, and not how it was made."""
+
+
+def tracked_texts() -> Iterator[tuple[str, str]]:
+    """Path and content of every file under version control that is text."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in filter(None, listed.split("\0")):
+        if (ROOT / name).is_file():
+            with contextlib.suppress(UnicodeDecodeError):
+                yield name, (ROOT / name).read_text()
+
+
+@pytest.mark.parametrize("what", UNWANTED)
+def test_no_tracked_text_contains_a(what: str) -> None:
+    texts = dict(tracked_texts())
+    assert len(texts) > 100
+    lines = [(name, n, line) for name, text in texts.items() for n, line in enumerate(text.splitlines(), 1)]
+    found = [f"{name}:{n}: {line.strip()[:120]}" for name, n, line in lines if re.search(UNWANTED[what], line)]
+    assert not found, f"{what}: {found}"
+
+
+@pytest.mark.parametrize(
+    ("what", "text"),
+    [
+        ("number of an issue", "see issue" + " 12"),
+        ("number of an issue", "fixes #" + "12"),
+        ("word of a tracker", "the tick" + "et asks for it"),
+        ("absolute path of a machine", "cd '/ho" + "me/someone/code'"),
+        ("address of a package registry", "pip install --index" + "-url x"),
+    ],
+)
+def test_the_check_of_texts_sees(what: str, text: str) -> None:
+    assert re.search(UNWANTED[what], text)
+
+
+def test_the_documents_name_each_other() -> None:
+    index = (ROOT / "docs" / "README.md").read_text()
+    others = [path.name for path in (ROOT / "docs").glob("*.md") if path.name != "README.md"]
+    assert others
+    assert all(f"]({name})" in index for name in others), others
+    for document in (ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")):
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)", document.read_text()):
+            assert (document.parent / target).exists(), f"{document.name} names {target}"
+
+
+def test_the_readme_lists_every_option_with_its_variable() -> None:
+    rows = re.findall(r"^\| `(\w+)` \| `(DCOMPILE_\w+)`", (ROOT / "README.md").read_text(), re.MULTILINE)
+    variables = {field.name: "DCOMPILE_" + field.name.upper() for field in fields(Options)}
+    assert dict(rows) == variables | {"dump_dir": "DCOMPILE_DUMP"}

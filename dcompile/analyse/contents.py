@@ -96,12 +96,14 @@ def step_keys(graph: Graph) -> list[StepKey]:
     """A key for each node: the first name it defines; for library calls that define nothing what they call, and the
     how-manieth such call it is."""
     keys: list[StepKey] = []
-    count: dict[Hashable, int] = {}
+    count: dict[tuple[object, ...], int] = {}
     for node in graph.nodes:
         if node.defs:
             keys.append(node.defs[0].name)
             continue
-        call = (node.op, node.args, node.kwargs) if isinstance(node, Extern) else type(node)
+        call: tuple[object, ...] = (type(node),)
+        if isinstance(node, Extern):
+            call = (node.op, node.args, node.kwargs)
         count[call] = count.get(call, 0) + 1
         keys.append((call, count[call]))
     return keys

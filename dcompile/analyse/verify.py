@@ -21,6 +21,7 @@ Rules (the id stands first in the message):
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 
 import sympy
@@ -185,9 +186,10 @@ class _Machine:
             part = Bytes(mine.space, mine.start + start, mine.start + stop, mine.storage)
             if writer not in self.written or now is None:
                 raise self.broken("V1", f"reads {name}, but nothing has written {part}")
-            wanted = [w for lo, hi, w in expected if w != now and lo < stop and start < hi]
-            if wanted:
-                raise self.broken("V6", f"reads {name}, but {part} hold {now} since, not {wanted[0]}")
+            for low, high, wanted in expected:
+                if wanted != now and low < stop and start < high:
+                    part = replace(part, start=mine.start + max(low, start), stop=mine.start + min(high, stop))
+                    raise self.broken("V6", f"reads {name}, but {part} hold {now}, not {wanted}")
 
     def check_write(self, name: str) -> None:
         self.check_alive(name)

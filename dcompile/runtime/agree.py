@@ -17,11 +17,10 @@ from typing import Protocol
 import torch.distributed as dist
 
 from dcompile.errors import CompilerBug, DeadlineExceeded, Divergence
-from dcompile.runtime.comm import Team
+from dcompile.runtime.comm import SHORTEST_WAIT_S, Team
 
 PREFIX = "dcompile/agree"
 LINE_DIGEST_CHARS = 16
-SHORTEST_WAIT_S = 0.001
 
 
 class Store(Protocol):

@@ -164,20 +164,20 @@ class Cache:
     def _usable(self, entry: Path, count: bool = True) -> bool:
         """Whether ``entry`` is there, ours alone to write, and whole."""
         try:
-            if not entry.exists():
-                return False
-            if (why := _why_untrusted(entry)) is not None:
-                self.counters.untrusted += count
-                self._warn(f"cache entry {entry} {why}; it is compiled again")
-                return False
-            if (why := _why_corrupt(entry)) is not None:
-                self.counters.corrupt += count
-                self._warn(f"cache entry {entry} is corrupt ({why}); it is compiled again")
-                return False
-            return True
-        except OSError as error:
-            self._warn(f"cache entry {entry} cannot be read ({error}); it is compiled again")
+            found = entry.lstat()
+        except OSError:
             return False
+        if (fault := _fault(entry)) is None:
+            return True
+        if not _is_at(found, entry):
+            return False  # another process has just removed or replaced it
+        trusted, why = fault
+        if trusted:
+            self.counters.corrupt += count
+        else:
+            self.counters.untrusted += count
+        self._warn(f"cache entry {entry} {why}; it is compiled again")
+        return False
 
     def _touch(self, entry: Path) -> Path:
         """Note the use of ``entry`` for eviction."""
@@ -207,7 +207,7 @@ class Cache:
             yield
         finally:
             with suppress(OSError):
-                if _is_at(handle, path):
+                if _is_at(os.fstat(handle), path):
                     path.unlink()
             os.close(handle)
 
@@ -260,7 +260,9 @@ def _try_lock(path: Path) -> int | None:
     handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if _is_at(handle, path):  # else its former holder has removed it, and the lock that counts is another file
+        if _is_at(
+            os.fstat(handle), path
+        ):  # else its former holder has removed it, and the lock that counts is another file
             return handle
     except BlockingIOError:
         pass
@@ -271,10 +273,10 @@ def _try_lock(path: Path) -> int | None:
     return None
 
 
-def _is_at(handle: int, path: Path) -> bool:
-    """Whether the open file ``handle`` is the one that is called ``path`` now."""
+def _is_at(found: os.stat_result, path: Path) -> bool:
+    """Whether the file that was ``found`` is the one that is called ``path`` now."""
     try:
-        return os.path.samestat(os.fstat(handle), path.lstat())
+        return os.path.samestat(found, path.lstat())
     except FileNotFoundError:
         return False
 
@@ -333,6 +335,18 @@ def _safe_folder(path: Path) -> Path:
     if why is not None:
         raise _Unusable(f"cache folder {path} is not safe: {why}")
     return path
+
+
+def _fault(entry: Path) -> tuple[bool, str] | None:
+    """What is wrong with ``entry``, and whether at least only this user could have written it; None if nothing is."""
+    try:
+        if (why := _why_untrusted(entry)) is not None:
+            return False, why
+        if (why := _why_corrupt(entry)) is not None:
+            return True, f"is corrupt ({why})"
+    except OSError as error:
+        return True, f"cannot be read ({error})"
+    return None
 
 
 def _why_untrusted(entry: Path) -> str | None:

@@ -12,23 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dcompile.errors import ToolchainError
 from dcompile.options import Options
 from dcompile.runtime.agree import agree_on
+from dcompile.runtime.cache import Cache
 from dcompile.runtime.comm import TorchComm
 from dcompile.runtime.program import Executable
 from dcompile.runtime.timeline import RECORDER
-from dcompile.runtime.toolchain import compile_shared, load_functions
+from dcompile.runtime.toolchain import Arity, compile_shared, load_functions
 from dcompile.runtime.triton_kernels import GpuKernels, HasSignature, compile_module
 
 HOST, SOURCE, LIBRARY, FACTS = "host.py", "kernels.cpp", "kernels.so", "facts.json"
-
-
-@dataclass(frozen=True)
-class Arity:
-    """Parameters of a kernel function: pointers, then int64 sizes, then the int64 thread count."""
-
-    buffers: int
-    sizes: int
 
 
 @dataclass(frozen=True)
@@ -92,6 +86,40 @@ def write_gpu_kernels(folder: Path, source: str, signatures: Mapping[str, HasSig
         compile_module(source, signatures, folder)
 
 
+VANISHED = (OSError, ToolchainError)
+"""What reading an entry raises when it is being removed."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A cache entry in this process; from here on its files may vanish, but for those of GPU kernels."""
+
+    folder: Path
+    facts: Facts
+    host: str
+    functions: Mapping[str, Callable[..., int]]
+
+
+def load_entry(entry: Path) -> Loaded:
+    """Read an entry and map its library.
+
+    Raises:
+        OSError, ToolchainError: part of it has been removed, by an eviction for example (``VANISHED``).
+    """
+    facts = read_facts(entry)
+    functions = load_functions(entry / LIBRARY, facts.functions) if facts.functions else {}
+    return Loaded(entry, facts, (entry / HOST).read_text(), functions)
+
+
+def fetch_and_load(cache: Cache, key: str, build: Callable[[Path], None]) -> Loaded:
+    """The entry ``key``, built if it is not there, and once more if it vanishes before it is loaded."""
+    entry = cache.fetch(key, build)
+    try:
+        return load_entry(entry)
+    except VANISHED:
+        return load_entry(cache.fetch(key, build))
+
+
 def settle(name: str, groups: Mapping[str, Any], lines: Sequence[str], options: Options) -> TorchComm | None:
     """The communicator of a program whose ranks have agreed on ``lines``; None for a program without collectives.
 
@@ -118,7 +146,7 @@ class CompiledGraph:
 
     Args:
         name: of the graph.
-        entry: its cache entry, possibly still being built by another thread.
+        loaded: its cache entry, possibly still being built by another thread.
         groups: process group, or its name, of each group label.
         complete: appends to the inputs what the traced program leaves implicit (constants, sizes).
     """
@@ -126,13 +154,13 @@ class CompiledGraph:
     def __init__(
         self,
         name: str,
-        entry: Future[Path],
+        loaded: Future[Loaded],
         groups: Mapping[str, Any],
         complete: Callable[[list[Any]], None],
         options: Options,
     ) -> None:
         self.name = name
-        self._entry = entry
+        self._loaded = loaded
         self._groups = groups
         self._complete = complete
         self._options = options
@@ -148,14 +176,10 @@ class CompiledGraph:
     def _load(self) -> Executable:
         with self._lock:
             if self._executable is None:
-                entry = self._entry.result()
-                facts = read_facts(entry)
-                functions = load_functions(entry / LIBRARY, facts.functions) if facts.functions else {}
-                gpu = GpuKernels(entry, self.name) if facts.gpu_functions else None
-                if gpu is not None:
-                    functions = {**functions, **gpu.functions}
-                communicator = settle(self.name, self._groups, facts.lines, self._options)
+                loaded = self._loaded.result()
+                gpu = GpuKernels(loaded.folder, self.name) if loaded.facts.gpu_functions else None
+                functions = {**loaded.functions, **gpu.functions} if gpu is not None else loaded.functions
+                communicator = settle(self.name, self._groups, loaded.facts.lines, self._options)
                 recorder = RECORDER if self._options.timeline else None
-                source = (entry / HOST).read_text()
-                self._executable = Executable(source, self.name, functions, communicator, recorder, gpu)
+                self._executable = Executable(loaded.host, self.name, functions, communicator, recorder, gpu)
             return self._executable

@@ -159,7 +159,7 @@ def _run(words: tuple[str, ...], folder: Path) -> str:
 
 @lru_cache(maxsize=8)
 def compiler_fingerprint(cxx: str | None = None) -> str:
-    """A short hash of what decides the machine code: compiler command and version, flags, the CPU features of ``-march=native``.
+    """A short hash of what decides the machine code: compiler command and version, flags, this processor's features.
 
     Raises:
         ToolchainError: no compiler, or it does not run.

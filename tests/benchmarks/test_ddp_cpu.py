@@ -59,3 +59,16 @@ def test_one_run_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[s
         assert len(run["losses"]) == 6
         assert run["first_step_s"] > 0
     assert "eager" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.multi_rank
+def test_dcompile_is_compared_with_eager(tmp_path: Path) -> None:
+    arguments = ["--backends", "eager", "dcompile", "--preset", "tiny", "--steps", "6", "--repetitions", "1"]
+    assert main([*arguments, "--results", str(tmp_path)]) == 0, "the losses agree"
+    (file,) = tmp_path.glob("*-ddp_cpu.json")
+    eager, compiled = json.loads(file.read_text())["summary"]
+    assert (eager["backend"], compiled["backend"]) == ("eager", "dcompile")
+    assert compiled["losses_equal"] is True
+    assert compiled["loss_difference"] <= LOSS_TOLERANCE
+    assert min(compiled["cold_compile_s"], compiled["warm_compile_s"]) > 0

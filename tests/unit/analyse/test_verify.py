@@ -6,7 +6,7 @@ import random
 import time
 from dataclasses import replace
 
-from dcompile.analyse.verify import other_sizes, verify
+from dcompile.analyse.verify import verify
 from dcompile.collectives.text import parse_graph
 from dcompile.plan import Home, Slot, Storage
 from tests.unit.analyse.plans import broken, kernel, make, program, store
@@ -185,64 +185,6 @@ def test_v6_an_old_version_is_read() -> None:
     broken(make(stale), "V6", "reads v", "x was overwritten")
 
 
-OVERLAP = (
-    "v: f32[8] = view x (i0: 8) -> [i0]",
-    "w: f32[8] = view x (i0: 8) -> [i0 + 4]",
-    "extern aten.mul_.Tensor(%v, 0.5) writes (v) versions (v2: f32[8])  # aten.mul_ @net.py:3",
-)
-READ_OTHER = "b: f32[8] = extern aten.relu.default(%w)  # aten.relu @net.py:4"
-
-
-def test_v6_overwritten_through_another_view() -> None:
-    before = program(*OVERLAP[:2], READ_OTHER, OVERLAP[2], returns="%b, %v2")
-    after = program(*OVERLAP, READ_OTHER, returns="%b, %v2")
-    verify(make(before))
-    broken(make(after), "V6", "step 3", "reads w", "[16, 32) of x", "hold v2", "not x", "net.py:4")
-    for text, other in ((before, after), (after, before)):
-        verify(make(text), parse_graph(text))
-        broken(make(text), "V6", "reads w", "[16, 32) of x", program=parse_graph(other))
-    apart = [step.replace("i0 + 4", "i0 + 8") for step in OVERLAP]
-    orders = [program(*steps, returns="%b") for steps in ((*apart, READ_OTHER), (*apart[:2], READ_OTHER, apart[2]))]
-    for text in orders:
-        verify(make(text))
-        verify(make(text), parse_graph(orders[0]))
-
-
-def test_v6_a_base_is_read_after_a_write_through_a_view() -> None:
-    read = kernel("b", "x")
-    before = program(*OVERLAP[:2], read, OVERLAP[2], returns="%b, %v2")
-    after = program(*OVERLAP, read, returns="%b, %v2")
-    verify(make(before))
-    broken(make(after), "V6", "reads x", "[0, 32)", "hold v2")
-    verify(make(after), parse_graph(after))
-    broken(make(after), "V6", "reads x", "[0, 32)", "hold v2", program=parse_graph(before))
-    broken(make(before), "V6", "reads x", "[0, 32)", "hold x since, not v2", program=parse_graph(after))
-
-
-def test_v6_two_writes_to_common_bytes_change_places() -> None:
-    second = "extern aten.relu_.default(%w) writes (w) versions (w2: f32[8])"
-    one, other = (
-        program(*OVERLAP[:2], *writes, returns="%y") for writes in ((OVERLAP[2], second), (second, OVERLAP[2]))
-    )
-    verify(make(one), parse_graph(one))
-    broken(make(one), "V6", "step 2", "reads v", "hold x since, not w2", program=parse_graph(other))
-
-
-def test_v6_a_returned_view_is_overwritten() -> None:
-    one = program(*OVERLAP, returns="%w, %v2")
-    broken(make(one), "V6", "the end", "reads w", "hold v2")
-    verify(make(one), parse_graph(one))
-
-
-def test_a_result_that_is_the_operand_which_the_call_writes_shows_the_new_version() -> None:
-    text = program(
-        "a: f32[16] = extern lib.scale_.default(%x) writes (x) versions (x2: f32[16]) aliases (x)",
-        kernel("b", "a"), returns="%b, %x2",
-    )  # fmt: skip
-    verify(make(text))
-    verify(make(text), parse_graph(text))
-
-
 def test_v7_a_collective_is_never_waited_for() -> None:
     verify(make(program(kernel("a", "x"), IN_PLACE, WAIT, returns="%x")))
     text = program(kernel("a", "x"), GATHER, returns="%x")
@@ -368,87 +310,6 @@ def test_v12_two_results_of_one_step_share_bytes() -> None:
     coalesced = program(*slices, returns="%r, %u", inputs="x: f32[32]")
     verify(make(coalesced.replace("{0}", "16")))
     broken(make(coalesced.replace("{0}", "8")), "V12", "s and t")
-
-
-EFFECTS = (
-    "a: f32[16] = extern lib.print.default(%x) effect",
-    "b: f32[16] = extern lib.print.default(%y) effect",
-)
-QUIET = "c: f32[16] = extern aten.relu.default(%y)"
-SILENT = ("extern lib.flush.default(1) effect", "extern lib.flush.default(2) effect")
-
-
-def test_v13_effects_keep_program_order() -> None:
-    before = program(*EFFECTS, QUIET, returns="%c")
-    verify(make(program(EFFECTS[0], QUIET, EFFECTS[1], returns="%c")), parse_graph(before))
-    broken(make(program(*reversed(EFFECTS), QUIET, returns="%c")), "V13", "step 0", "b", program=parse_graph(before))
-    verify(make(program(*SILENT, SILENT[0], returns="%x")), parse_graph(program(*SILENT, SILENT[0], returns="%x")))
-    swapped = make(program(*reversed(SILENT), returns="%x"))
-    broken(swapped, "V13", "step 0", program=parse_graph(program(*SILENT, returns="%x")))
-
-
-def test_v13_nothing_passes_a_barrier() -> None:
-    barrier = EFFECTS[0].replace("effect", "barrier")
-    before = program(QUIET, kernel("d", "x"), barrier, returns="%c, %d")
-    verify(make(program(kernel("d", "x"), QUIET, barrier, returns="%c, %d")), parse_graph(before))
-    late = make(program(kernel("d", "x"), barrier, QUIET, returns="%c, %d"))
-    broken(late, "V13", "step 2", "after 1 barriers, in the program after 0", program=parse_graph(before))
-
-
-def test_v14_the_steps_are_the_programs() -> None:
-    steps = (kernel("a", "x"), kernel("b", "y"), SILENT[0])
-    whole = program(*steps, returns="%a")
-    verify(make(whole), parse_graph(whole))
-    broken(make(program(steps[0], steps[2], returns="%a")), "V14", "Kernel b is missing", program=parse_graph(whole))
-    broken(make(program(*steps[:2], returns="%a")), "V14", "is missing", program=parse_graph(whole))
-    broken(make(whole), "V14", "no such step", "b", program=parse_graph(program(steps[0], steps[2], returns="%a")))
-    twice = make(program(*steps, SILENT[0], returns="%a"))
-    broken(twice, "V14", "step 3", "once less", program=parse_graph(whole))
-    other = make(program(steps[0], kernel("b", "x"), steps[2], returns="%a"))
-    broken(other, "V14", "step 1", "other operands", program=parse_graph(whole))
-    broken(make(program(*steps, returns="%b")), "V14", "takes or returns", program=parse_graph(whole))
-
-
-# Symbolic sizes
-
-
-def test_memory_that_fits_at_the_hint_only() -> None:
-    text = program(kernel("a", "x").replace("16", "s0"), returns="%a", inputs="x: f32[s0], s0: size = 16")
-    plan = make(text)
-    verify(plan)
-    fixed = replace(plan, storages={**plan.storages, "a": replace(plan.storages["a"], nbytes=64)})
-    broken(fixed, "V11", "a takes 128 bytes", "s0 = 32")
-
-
-def test_bytes_that_are_apart_at_the_hint_and_twice_it_only() -> None:
-    """Two views whose distance is constant: they overlap when the first one grows."""
-    sizes = "x: f32[3*s0 + 64], s0: size = 16"
-    steps = (
-        "v: f32[s0] = view x (i0: s0) -> [i0]",
-        "w: f32[16] = view x (i0: 16) -> [i0 + 32]",
-        "extern aten.mul_.Tensor(%v, 0.5) writes (v) versions (v2: f32[s0])",
-        "b: f32[16] = extern aten.relu.default(%w)",
-    )
-    text = program(*steps, returns="%b", inputs=sizes)
-    broken(make(text), "V6", "reads w", "hold v2", "s0 = 48")
-    verify(make(text), parse_graph(text))
-    early = program(*steps[:2], steps[3], steps[2], returns="%b", inputs=sizes)
-    broken(make(text), "V6", "reads w", "s0 = 48", program=parse_graph(early))
-
-
-def test_sizes_that_the_program_does_not_admit_are_not_tried() -> None:
-    def tried(steps: str, inputs: str, returns: str = "%x") -> list[list[int]]:
-        graph = parse_graph(program(steps, returns=returns, inputs=inputs))
-        return [list(sizes.values()) for sizes in other_sizes(graph)]
-
-    assert tried(kernel("a", "x"), "x: f32[16]") == []
-    assert tried(kernel("a", "x"), "x: f32[16], s0: size = 4, s1: size = 3") == [[8, 6], [12, 12]]
-    view = "v: f32[s0] = view x (i0: s0) -> [i0]"
-    assert tried(view, "x: f32[16], s0: size = 8") == [[16]]
-    rest = "v: f32[20 - s0] = view x (i0: 20 - s0) -> [i0 + s0]"
-    assert tried(rest, "x: f32[20], s0: size = 7") == [[14]]
-    pack = "f: f32[24] = pack (x, y)"
-    assert tried(pack, "x: f32[s0], y: f32[16], s0: size = 8") == []
 
 
 def test_five_thousand_steps_take_about_a_second() -> None:

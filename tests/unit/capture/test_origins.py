@@ -51,6 +51,6 @@ def test_a_node_without_a_trace_is_unknown() -> None:
 def test_frames_of_the_library_are_skipped() -> None:
     node = torch.fx.Graph().placeholder("x")
     library = Path(torch.__file__).parent / "nn" / "functional.py"
-    user, inner = (f'  File "{file}", line {line}, in f\n' for file, line in (("/home/me/train.py", 41), (library, 7)))
+    user, inner = (f'  File "{file}", line {line}, in f\n' for file, line in (("/mine/train.py", 41), (library, 7)))
     node.meta["stack_trace"] = user + inner
     assert source_of(node) == "train.py:41"

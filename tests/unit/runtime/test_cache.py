@@ -161,6 +161,30 @@ def test_fetch_builds_again_what_has_been_removed(folder: Path) -> None:
     assert (private.fetch(KEY, write("b")) / "host.py").read_text() == "b"
 
 
+@pytest.mark.parametrize("then", ["nothing", "another"])
+def test_an_entry_that_is_removed_while_it_is_checked_is_no_fault(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, then: str
+) -> None:
+    entry = Cache(folder).fetch(KEY, write("a"))
+    check = cache_module._fault
+
+    def removed_meanwhile(checked: Path) -> tuple[bool, str] | None:
+        monkeypatch.setattr(cache_module, "_fault", check)
+        entry.rename(folder.parent / "aside")
+        fault = check(checked)
+        if then == "another":
+            Cache(folder).fetch(KEY, write("another"))
+        return fault
+
+    monkeypatch.setattr(cache_module, "_fault", removed_meanwhile)
+    cache = Cache(folder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = cache.fetch(KEY, write("b"))
+    assert (found / "host.py").read_text() == {"nothing": "b", "another": "another"}[then]
+    assert cache.counters.corrupt == 0
+
+
 def test_a_cache_removed_during_a_build_means_a_private_folder(folder: Path) -> None:
     def build(into: Path) -> None:
         if folder in into.parents:
