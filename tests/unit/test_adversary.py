@@ -97,7 +97,7 @@ def test_random_schedules_survive_the_adversary(graph: Graph, seed: int, tmp_pat
 
 
 @pytest.mark.slow
-@settings(max_examples=300, **COMMON)
+@settings(max_examples=150, **COMMON)
 @given(graph=graphs(max_nodes=24), seed=st.integers(0, 2**20))
 def test_many_random_schedules_survive_the_adversary(graph: Graph, seed: int, tmp_path: Path) -> None:
     check_schedules(graph, seed, tmp_path)
