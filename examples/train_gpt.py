@@ -191,6 +191,7 @@ def ranks() -> Iterator[tuple[int, int, torch.device]]:
     dist.init_process_group("nccl" if on_gpu else "gloo")
     try:
         yield dist.get_rank(), dist.get_world_size(), device
+        dist.barrier()  # gloo's threads drop their last tensors while this one waits, not while the group is destroyed
     finally:
         dist.destroy_process_group()
 
