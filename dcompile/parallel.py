@@ -24,41 +24,34 @@ from dcompile.errors import DCompileError, Divergence
 PREFIX = "module."
 
 
-class _AverageGradients(torch.autograd.Function):
-    """Identity of many parameters whose gradients are the means of all ranks' gradients.
+class _AverageGradient(torch.autograd.Function):
+    """Identity whose gradient is the mean of all ranks' gradients.
 
-    One function for all of them, because tracing one costs as much as tracing many. Each gradient has an all-reduce of
-    its own, which needs nothing but that gradient. Scaled before the sum, by multiplication with ``1 / world``, as
-    DistributedDataParallel does: results agree as far as the backend's order of summation does.
+    Scaled before the sum, by multiplication with ``1 / world``, as DistributedDataParallel does: results agree as far
+    as the backend's order of summation does.
 
-    ``tensors`` are the parameters and, behind them, as many local gradients or none. A local gradient stands in
-    ``.grad`` un-averaged; then the gradient is what has to be added to it to make it the mean of all ranks' local plus
-    gradient. A parameter without gradient has no all-reduce.
+    With ``local``, a gradient that stands in ``.grad`` un-averaged, the gradient is what has to be added to ``local``
+    to make it the mean of all ranks' ``local`` plus gradient.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, group_name: str, world: int, count: int, *tensors: torch.Tensor | None
-    ) -> tuple[torch.Tensor, ...]:
+        ctx: Any, parameter: torch.Tensor, local: torch.Tensor | None, group_name: str, world: int
+    ) -> torch.Tensor:
         ctx.group_name = group_name
         ctx.world = world
-        ctx.inputs = len(tensors)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors[count:])
-        return tuple(parameter.view_as(parameter) for parameter in tensors[:count] if parameter is not None)
+        ctx.has_local = local is not None
+        if local is not None:
+            ctx.save_for_backward(local)
+        return parameter.view_as(parameter)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        local = ctx.saved_tensors or (None,) * len(gradients)
-        averaged: list[torch.Tensor | None] = []
-        for gradient, mine in zip(gradients, local, strict=True):
-            if gradient is None:
-                averaged.append(None)
-            elif mine is None:
-                averaged.append(_mean(gradient, ctx.group_name, ctx.world))
-            else:
-                averaged.append(_mean(mine + gradient, ctx.group_name, ctx.world) - mine)
-        return (None, None, None, *averaged, *(None,) * (ctx.inputs - len(averaged)))
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        gradient = gradients[0]
+        if ctx.has_local:
+            (local,) = ctx.saved_tensors
+            return _mean(local + gradient, ctx.group_name, ctx.world) - local, None, None, None
+        return _mean(gradient, ctx.group_name, ctx.world), None, None, None
 
 
 def _mean(tensor: torch.Tensor, group_name: str, world: int) -> torch.Tensor:
@@ -98,11 +91,12 @@ class DataParallel(nn.Module):
         """The wrapped module's forward."""
         if not self._synchronise or self._world == 1 or not torch.is_grad_enabled():
             return self.module(*args, **kwargs)
-        parameters = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
-        local = [p.grad for p in parameters.values()] if self._has_local else []
-        average: Any = _AverageGradients.apply
-        results = average(self._group_name, self._world, len(parameters), *parameters.values(), *local)
-        averaged = dict(zip(parameters, results, strict=True))
+        average: Any = _AverageGradient.apply
+        averaged = {
+            name: average(parameter, parameter.grad if self._has_local else None, self._group_name, self._world)
+            for name, parameter in self.module.named_parameters()
+            if parameter.requires_grad
+        }
         self._has_local = False
         return torch.func.functional_call(self.module, averaged, args, kwargs)
 
