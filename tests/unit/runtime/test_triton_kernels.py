@@ -44,3 +44,21 @@ def test_a_rejected_kernel_is_named(tmp_path: Path) -> None:
     broken = replace(signature, launch=replace(signature.launch, inner=48))
     with pytest.raises(ToolchainError, match=f"{name}.*model.py:7"):
         compile_module(module.source, {name: broken}, tmp_path, HOPPER)
+
+
+def test_a_parse_that_another_thread_disturbed_is_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import triton
+
+    real, calls = triton.compile, []
+
+    def disturbed(*args: object, **kwargs: object) -> object:
+        calls.append(args)
+        if len(calls) == 1:
+            raise SystemError("AST constructor recursion depth mismatch (before=36, after=34)")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(triton, "compile", disturbed)
+    module = module_of(CASES["dynamic"]())
+    compile_module(module.source, module.signatures, tmp_path, HOPPER)
+    assert len(calls) == len(module.signatures) + 1
+    assert len(list(tmp_path.glob("*.cubin"))) == len(module.signatures)
