@@ -9,10 +9,11 @@ from typing import Any, TypeVar
 import torch
 from torch import fx
 
-from dcompile.capture import Captured, capture, graph_breaks, reset_graph_breaks
+from dcompile.capture import Captured, capture, graph_breaks, reset_graph_breaks, storage_users
 from dcompile.counters import TALLY, Counters
 from dcompile.options import Options
 from dcompile.pipeline import Built, compile_graph
+from dcompile.runtime.compiled import Graphing
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -43,7 +44,8 @@ def backend(options: Options, observe: Observer | None = None) -> Callable[..., 
 
     def run(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         def compile_captured(captured: Captured) -> Callable[[list[Any]], Sequence[Any]]:
-            built = compile_graph(captured.gm, captured.name, options)
+            graphing = Graphing(captured.returned, storage_users) if options.cuda_graphs else None
+            built = compile_graph(captured.gm, captured.name, options, graphing)
             if observe is not None:
                 observe(built)
             return built.run

@@ -36,6 +36,7 @@ class Options:
         verify_cross_rank: exchange plan fingerprints between ranks before the first launch.
         cxx: C++ compiler command; None searches ``$CXX``, ``g++``, ``clang++``.
         timeline: record start and end of every step at run time.
+        cuda_graphs: replay GPU programs as CUDA graphs where ``pipeline.graph_refusal`` names no reason against it.
     """
 
     eager_ops: frozenset[str] = frozenset()
@@ -49,6 +50,7 @@ class Options:
     verify_cross_rank: bool = True
     cxx: str | None = None
     timeline: bool = False
+    cuda_graphs: bool = False
 
     def __post_init__(self) -> None:
         """Raises ``DCompileError`` naming the option and the value it cannot have."""
@@ -108,7 +110,7 @@ def _parse(name: str, text: str, variable: str) -> Any:
             return int(text)
         if name == "deadline_s":
             return float(text)
-        if name in ("verify_cross_rank", "timeline"):
+        if name in ("verify_cross_rank", "timeline", "cuda_graphs"):
             return {"0": False, "1": True, "false": False, "true": True}[text.lower()]
         return text
     except (ValueError, KeyError):

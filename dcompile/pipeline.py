@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from dcompile.analyse.alias import storage_roots
 from dcompile.analyse.context import Context
 from dcompile.analyse.cost import CostModel
 from dcompile.analyse.verify import verify
@@ -41,6 +42,7 @@ from dcompile.runtime.compiled import (
     VANISHED,
     CompiledGraph,
     Facts,
+    Graphing,
     Loaded,
     fetch_and_load,
     load_entry,
@@ -178,8 +180,11 @@ class Kernels:
     calls: Mapping[int, CallSite]
 
 
-def compile_graph(gm: fx.GraphModule, name: str, options: Options) -> Built:
+def compile_graph(gm: fx.GraphModule, name: str, options: Options, graphing: Graphing | None = None) -> Built:
     """One captured graph, through the whole house. ``name`` may end in a number, which artifacts do not depend on.
+
+    Args:
+        graphing: replay the program as CUDA graphs if it can be one.
 
     The C++ compiler runs in the background; the first call waits for it. A graph this compiler cannot print kernels for
     runs op by op through the library, with a warning and an entry in ``counters().fallbacks``.
@@ -201,10 +206,10 @@ def compile_graph(gm: fx.GraphModule, name: str, options: Options) -> Built:
     key = _key(lowered, options)
     complete = partial(_complete, lowered.extra_inputs)
     if (found := _cached(cache, key)) is not None:
-        _count(found.facts, hits=1)
+        _count(found.facts, graphing, hits=1)
         ready: Future[Loaded] = Future()
         ready.set_result(found)
-        return Built(name, CompiledGraph(name, ready, lowered.group_names, complete, options))
+        return Built(name, CompiledGraph(name, ready, lowered.group_names, complete, options, graphing))
     plan = run_passes(lowered.graph, _context(lowered, options), watch)
     with watch.stage("codegen"):
         module, gpu = print_cpp(plan.graph), print_triton(plan.graph)
@@ -218,9 +223,9 @@ def compile_graph(gm: fx.GraphModule, name: str, options: Options) -> Built:
         with TALLY.timed("triton compiler"):
             write_gpu_kernels(folder, gpu.source, gpu.signatures)
 
-    _count(facts, misses=1)
+    _count(facts, graphing, misses=1)
     building = _builders().submit(fetch_and_load, cache, key, build)
-    run = CompiledGraph(name, building, lowered.group_names, complete, options)
+    run = CompiledGraph(name, building, lowered.group_names, complete, options, graphing)
     return Built(name, run, plan, module, host, dict(watch.seconds))
 
 
@@ -290,10 +295,30 @@ def _facts(plan: Plan, module: CppModule, gpu: TritonModule) -> Facts:
         collectives=sum(isinstance(node, Start) for node in plan.graph.nodes),
         fallbacks=Counter(node.op for node in externs if node.fallback),
         gpu_functions=len(gpu.signatures),
+        graph_refusal=graph_refusal(plan.graph),
+        written=written_inputs(plan.graph),
     )
 
 
-def _count(facts: Facts, hits: int = 0, misses: int = 0) -> None:
+def graph_refusal(graph: Graph) -> str:
+    """Why a program cannot be replayed as a CUDA graph; "" if nothing is known against it."""
+    if _devices(graph) != {"cuda"}:
+        return "tensors on the CPU"
+    if graph.size_hints:
+        return "sizes that are not known before the call"
+    if any(isinstance(node, Start) for node in graph.nodes):
+        return "collectives"
+    return ""
+
+
+def written_inputs(graph: Graph) -> tuple[int, ...]:
+    """Positions of the inputs whose memory some node writes."""
+    roots = storage_roots(graph)
+    written = {roots[name] for node in graph.nodes for name in node.mutates}
+    return tuple(n for n, item in enumerate(graph.inputs) if isinstance(item, Value) and roots[item.name] in written)
+
+
+def _count(facts: Facts, graphing: Graphing | None, hits: int = 0, misses: int = 0) -> None:
     TALLY.add(
         kernels=len(facts.functions) + facts.gpu_functions,
         kernel_launches=facts.launches,
@@ -303,6 +328,8 @@ def _count(facts: Facts, hits: int = 0, misses: int = 0) -> None:
         cache_misses=misses,
     )
     TALLY.add_fallbacks(facts.fallbacks)
+    if graphing is not None and facts.graph_refusal and facts.gpu_functions:
+        TALLY.add_fallbacks(Counter({f"no CUDA graph: {facts.graph_refusal}": 1}))
 
 
 def _complete(extra_inputs: tuple[Extra, ...], inputs: list[Any]) -> None:

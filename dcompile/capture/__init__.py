@@ -12,6 +12,7 @@ from dcompile.capture.aot import (
     tensors_in,
 )
 from dcompile.capture.origins import source_of
+from dcompile.capture.storage import storage_users
 
 __all__ = [
     "Boxed",
@@ -23,5 +24,6 @@ __all__ = [
     "graph_breaks",
     "reset_graph_breaks",
     "source_of",
+    "storage_users",
     "tensors_in",
 ]

@@ -21,7 +21,7 @@ from dcompile.capture.decompositions import decompositions
 from dcompile.capture.functional import functionalise_collectives
 from dcompile.capture.normalise import normalise
 from dcompile.capture.origins import mark_sources
-from dcompile.capture.partition import partition
+from dcompile.capture.partition import RETURNED, partition
 
 GraphKind = Literal["inference", "forward", "backward"]
 
@@ -36,12 +36,14 @@ class Captured:
             known, ``meta["dcompile_source"]``. Mutations of inputs stand at the end as ``aten.copy_``.
         example_inputs: one fake tensor or SymInt for each placeholder of ``gm``.
         name: unique in this process, ``"forward1"``; equal on ranks that capture the same programs in the same order.
+        returned: how many of the outputs, from the first, go to the user; the rest is saved for the backward graph.
     """
 
     kind: GraphKind
     gm: fx.GraphModule
     example_inputs: list[Any]
     name: str
+    returned: int = 0
 
 
 Boxed = Callable[[list[Any]], Sequence[Any]]
@@ -73,7 +75,9 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any], compile_graph: Co
             mark_sources(traced)
             normalise(traced)
             check(traced)
-            return _boxed(compile_graph(Captured(kind, traced, list(inputs), f"{kind}{number}")))
+            return _boxed(
+                compile_graph(Captured(kind, traced, list(inputs), f"{kind}{number}", returned(traced, kind)))
+            )
 
         return compile_one
 
@@ -88,6 +92,13 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any], compile_graph: Co
             partition_fn=partition,
             keep_inference_input_mutations=True,
         )(gm, list(example_inputs))
+
+
+def returned(traced: fx.GraphModule, kind: GraphKind) -> int:
+    """How many outputs of a graph go to the user: all of an inference graph, none, but gradients, of a backward."""
+    if kind == "inference":
+        return len(traced.graph.find_nodes(op="output")[0].args[0])  # type: ignore[arg-type]
+    return int(traced.meta.get(RETURNED, 0)) if kind == "forward" else 0
 
 
 def _boxed(compiled: Boxed) -> Boxed:

@@ -17,6 +17,9 @@ from dcompile.capture.comm import collectives_have_effects, communication, elimi
 from dcompile.capture.cse import merge_equal
 from dcompile.capture.origins import mark_sources
 
+RETURNED = "dcompile_returned"
+"""In a forward graph's ``meta``: how many of its outputs, from the first, are not only saved for the backward."""
+
 _ACCEPTED = frozenset(inspect.signature(min_cut_rematerialization_partition).parameters)
 
 
@@ -42,6 +45,7 @@ def partition(
     _drop_outputs(fwd, num_fwd_outputs, num_fwd_outputs + len(forward))
     total = len(_outputs(bwd))
     _drop_outputs(bwd, total - len(backward), total)
+    fwd.meta[RETURNED] = num_fwd_outputs
     for gm in (fwd, bwd):
         eliminate_dead_code(gm)
         gm.recompile()

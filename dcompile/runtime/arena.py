@@ -64,9 +64,7 @@ class Arena:
 
         Blocks that a CUDA stream worked with go back to calls on that stream only.
         """
-        key = tuple(
-            (d, torch.cuda.current_stream(d).cuda_stream) if d.type == "cuda" else d for d in devices if d.type != "cpu"
-        )
+        key = _key(devices)
         try:
             return self._free[key].pop()  # list.pop is atomic: two threads never get the same block
         except (KeyError, IndexError):
@@ -78,6 +76,16 @@ class Arena:
     def give(self, block: Block) -> None:
         """Take ``block`` back for the next call."""
         self._free.setdefault(block.key, []).append(block)
+
+    def release(self, *devices: torch.device) -> None:
+        """Let go of the blocks that nobody uses on these devices' current streams."""
+        self._free.pop(_key(devices), None)
+
+
+def _key(devices: tuple[torch.device, ...]) -> tuple[object, ...]:
+    return tuple(
+        (d, torch.cuda.current_stream(d).cuda_stream) if d.type == "cuda" else d for d in devices if d.type != "cpu"
+    )
 
 
 def alias(

@@ -12,11 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dcompile.errors import ToolchainError
 from dcompile.options import Options
 from dcompile.runtime.agree import agree_on
 from dcompile.runtime.cache import Cache
 from dcompile.runtime.comm import TorchComm
+from dcompile.runtime.cuda_graphs import CudaGraphDevice, GraphedProgram
 from dcompile.runtime.program import Executable
 from dcompile.runtime.timeline import RECORDER
 from dcompile.runtime.toolchain import Arity, compile_shared, load_functions
@@ -35,6 +38,8 @@ class Facts:
         launches, library_calls, collectives: steps of one call.
         fallbacks: library calls made for want of a lowering rule, by op.
         gpu_functions: number of GPU kernels, which are described in the entry itself.
+        graph_refusal: why the program cannot be a CUDA graph; "" if it can.
+        written: positions of the inputs whose memory it writes.
     """
 
     functions: Mapping[str, Arity]
@@ -44,11 +49,14 @@ class Facts:
     collectives: int
     fallbacks: Counter[str]
     gpu_functions: int = 0
+    graph_refusal: str = "not a GPU program"
+    written: tuple[int, ...] = ()
 
     def to_json(self) -> str:
         functions = {name: [arity.buffers, arity.sizes] for name, arity in self.functions.items()}
         steps = [self.launches, self.library_calls, self.collectives, self.gpu_functions]
-        return json.dumps({"functions": functions, "lines": self.lines, "steps": steps, "fallbacks": self.fallbacks})
+        parts = {"functions": functions, "lines": self.lines, "steps": steps, "fallbacks": self.fallbacks}
+        return json.dumps({**parts, "graph_refusal": self.graph_refusal, "written": self.written})
 
     @staticmethod
     def from_json(text: str) -> Facts:
@@ -56,7 +64,17 @@ class Facts:
         functions = {name: Arity(*arity) for name, arity in found["functions"].items()}
         launches, library_calls, collectives, gpu_functions = found["steps"]
         fallbacks = Counter(found["fallbacks"])
-        return Facts(functions, tuple(found["lines"]), launches, library_calls, collectives, fallbacks, gpu_functions)
+        return Facts(
+            functions,
+            tuple(found["lines"]),
+            launches,
+            library_calls,
+            collectives,
+            fallbacks,
+            gpu_functions,
+            found["graph_refusal"],
+            tuple(found["written"]),
+        )
 
 
 def write_entry(folder: Path, host: str, source: str, facts: Facts, cxx: str | None) -> None:
@@ -141,6 +159,19 @@ def fingerprint(lines: Sequence[str]) -> str:
     return hashlib.sha256("\n".join(line.split("  # ")[0] for line in lines).encode()).hexdigest()
 
 
+@dataclass(frozen=True)
+class Graphing:
+    """What replaying a program as CUDA graphs needs to know that the program itself does not tell.
+
+    Attributes:
+        returned: how many of its results, from the first, go to the user.
+        users: how many hold a tensor's storage (``capture.storage_users``).
+    """
+
+    returned: int
+    users: Callable[[torch.Tensor], int]
+
+
 class CompiledGraph:
     """A program that is being built or is ready. The first call waits for the build, loads it and has the ranks agree.
 
@@ -149,6 +180,7 @@ class CompiledGraph:
         loaded: its cache entry, possibly still being built by another thread.
         groups: process group, or its name, of each group label.
         complete: appends to the inputs what the traced program leaves implicit (constants, sizes).
+        graphing: replay it as CUDA graphs if it can be; None for the plain program.
     """
 
     def __init__(
@@ -158,13 +190,15 @@ class CompiledGraph:
         groups: Mapping[str, Any],
         complete: Callable[[list[Any]], None],
         options: Options,
+        graphing: Graphing | None = None,
     ) -> None:
         self.name = name
         self._loaded = loaded
+        self._graphing = graphing
         self._groups = groups
         self._complete = complete
         self._options = options
-        self._executable: Executable | None = None
+        self._executable: Executable | GraphedProgram | None = None
         self._lock = threading.Lock()
 
     def __call__(self, inputs: list[Any]) -> Sequence[Any]:
@@ -173,7 +207,7 @@ class CompiledGraph:
         self._complete(inputs)
         return executable(inputs)
 
-    def _load(self) -> Executable:
+    def _load(self) -> Executable | GraphedProgram:
         with self._lock:
             if self._executable is None:
                 loaded = self._loaded.result()
@@ -181,5 +215,20 @@ class CompiledGraph:
                 functions = {**loaded.functions, **gpu.functions} if gpu is not None else loaded.functions
                 communicator = settle(self.name, self._groups, loaded.facts.lines, self._options)
                 recorder = RECORDER if self._options.timeline else None
-                self._executable = Executable(loaded.host, self.name, functions, communicator, recorder, gpu)
+                plain = Executable(loaded.host, self.name, functions, communicator, recorder, gpu)
+                self._executable = self._graphed(plain, loaded.facts, gpu) or plain
             return self._executable
+
+    def _graphed(self, plain: Executable, facts: Facts, gpu: GpuKernels | None) -> GraphedProgram | None:
+        if self._graphing is None or facts.graph_refusal or self._options.timeline:
+            return None
+        return GraphedProgram(
+            plain,
+            self.name,
+            written=frozenset(facts.written),
+            returned=self._graphing.returned,
+            users=self._graphing.users,
+            device=CudaGraphDevice(),
+            poll=gpu.poll if gpu is not None else lambda: None,
+            captured=plain.release,
+        )

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any
 
 from dcompile.errors import DCompileError, ToolchainError
 
@@ -14,10 +12,6 @@ _MAX_DYNAMIC_SHARED = 8
 
 _PLAIN_SHARED_BYTES = 48 * 1024
 """Shared memory a kernel gets without asking for more first."""
-
-TRAILING_NULLS = 4
-"""Null parameters after a kernel's own. Triton appends up to this many pointers to scratch memory that our kernels do
-not use; a launch reads as many parameters as the kernel has, so that more do no harm."""
 
 
 @lru_cache(maxsize=1)
@@ -72,41 +66,3 @@ def load_function(cubin: bytes, name: str, shared_bytes: int) -> ctypes.c_void_p
         attribute = ctypes.c_int(_MAX_DYNAMIC_SHARED)
         check(driver.cuFuncSetAttribute(function, attribute, ctypes.c_int(shared_bytes)), f"shared memory of {name}")
     return function
-
-
-class _Parameters:
-    """Memory of one launch's parameters: ``count`` 8-byte values and the pointers to them."""
-
-    __slots__ = ("pointers", "values")
-
-    def __init__(self, count: int) -> None:
-        self.values = (ctypes.c_uint64 * (count + TRAILING_NULLS))()
-        base = ctypes.addressof(self.values)
-        self.pointers = (ctypes.c_void_p * (count + TRAILING_NULLS))(
-            *(base + 8 * n for n in range(count + TRAILING_NULLS))
-        )
-
-
-def launcher(function: ctypes.c_void_p, count: int, threads: int, shared_bytes: int) -> Callable[..., None]:
-    """``launch(programs, stream, values)`` of a kernel with ``count`` parameters of 8 bytes.
-
-    Safe to call from several threads: each call takes a parameter block of its own.
-    """
-    call: Any = library().cuLaunchKernel
-    unsigned, pointer = ctypes.c_uint, ctypes.c_void_p
-    call.argtypes = [pointer, *[unsigned] * 7, pointer, pointer, pointer]
-    call.restype = ctypes.c_int
-    free: list[_Parameters] = []
-
-    def launch(programs: int, stream: int, values: Sequence[int]) -> None:
-        try:
-            block = free.pop()  # list.pop is atomic: two threads never get the same block
-        except IndexError:
-            block = _Parameters(count)
-        block.values[:count] = values  # type: ignore[call-overload]
-        status = call(function, programs, 1, 1, threads, 1, 1, shared_bytes, stream, block.pointers, None)
-        free.append(block)
-        if status:
-            check(status, "a kernel launch")
-
-    return launch

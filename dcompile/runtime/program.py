@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import linecache
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -58,7 +59,7 @@ class Runtime:
             raise CompilerBug(f"{self.name}: the compiled kernels have no function {symbol}")
         return found
 
-    def stream(self, device: torch.device) -> int:
+    def stream(self, device: torch.device) -> ctypes.c_void_p:
         """Where this call launches GPU kernels; see ``GpuKernels.stream``."""
         if self._gpu is None:
             raise CompilerBug(f"{self.name} launches GPU kernels but was loaded without any")
@@ -159,6 +160,7 @@ class Executable:
         namespace: dict[str, Any] = {"rt": self.runtime, "__name__": f"dcompile_{name}"}
         exec(compile(source, filename, "exec"), namespace)
         self.run: Callable[[list[Any]], list[Any]] = namespace["call"]
+        self._arena: Arena | None = namespace.get("arena")
 
     def __call__(self, inputs: list[Any]) -> list[Any]:
         """Run the program.
@@ -177,6 +179,11 @@ class Executable:
             with torch.no_grad():
                 return self.run(inputs)
         return self.run(inputs)
+
+    def release(self) -> None:
+        """Give working memory that the current stream's calls have used back to the allocator."""
+        if self._arena is not None and torch.cuda.is_available():
+            self._arena.release(torch.device("cuda", torch.cuda.current_device()))
 
     def __del__(self) -> None:
         linecache.cache.pop(getattr(self, "_filename", ""), None)

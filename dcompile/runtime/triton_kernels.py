@@ -8,11 +8,12 @@ raises at once if the caller has synchronised before.
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,7 +23,8 @@ from typing import Any, Protocol
 import torch
 
 from dcompile.errors import DCompileError, ToolchainError
-from dcompile.runtime.cuda_driver import enter_context, launcher, load_function, primary_context
+from dcompile.runtime.cuda_driver import enter_context, load_function, primary_context
+from dcompile.runtime.cuda_launch import LaunchPlan, launch_function
 
 MODULE, KERNELS = "kernels_triton.py", "triton.json"
 
@@ -204,7 +206,7 @@ class GpuKernels:
     """The loaded kernels of a program on the device that is current when they are loaded.
 
     Attributes:
-        functions: each takes data pointers, sizes and a raw stream handle as integers, and launches.
+        functions: each takes data pointers and sizes as integers and what ``stream`` gave, and launches.
     """
 
     def __init__(self, folder: Path, name: str) -> None:
@@ -224,13 +226,14 @@ class GpuKernels:
         self._kernels = kernels
         self._context = primary_context(self._device)
         enter_context(self._context)
+        self._streams: dict[int, ctypes.c_void_p] = {}
         self.functions: dict[str, Callable[..., int]] = {}
         for number, kernel in enumerate(kernels):
             cubin = (folder / f"{kernel.name}.cubin").read_bytes()
             self.functions[kernel.name] = self._function(kernel, cubin, self._faults.data_ptr() + 4 * number)
 
-    def stream(self, device: torch.device) -> int:
-        """The raw handle of the current stream of ``device``, for the launches of one call.
+    def stream(self, device: torch.device) -> ctypes.c_void_p:
+        """The current stream of ``device``, for the launches of one call.
 
         Raises:
             IndexError, ZeroDivisionError: an earlier call's kernel reported one.
@@ -243,9 +246,16 @@ class GpuKernels:
                 "torch.cuda.set_device before the first call"
             )
         enter_context(self._context)
+        self.poll()
+        handle = torch.cuda.current_stream(device).cuda_stream
+        if (known := self._streams.get(handle)) is None:
+            known = self._streams[handle] = ctypes.c_void_p(handle)
+        return known
+
+    def poll(self) -> None:
+        """``check`` if a kernel that has finished reported something. Fast."""
         if any(self._words):
             self.check()
-        return torch.cuda.current_stream(device).cuda_stream
 
     def check(self) -> None:
         """Raise what kernels that have finished reported since the last check.
@@ -265,36 +275,27 @@ class GpuKernels:
                 )
 
     def _function(self, kernel: Compiled, cubin: bytes, fault: int) -> Callable[..., int]:
-        count, threads = len(kernel.buffers), kernel.num_warps * 32
-        parameters = count + kernel.sizes + 1
-        symbols = ", ".join(f"s{n}" for n in range(kernel.sizes))
-        programs: Callable[..., int] = eval(f"lambda {symbols}: {kernel.programs}", {"max": max, "min": min})
-        fixed = programs() if kernel.sizes == 0 else None
-        fast = launcher(
-            load_function(cubin, kernel.name, kernel.shared_bytes), parameters, threads, kernel.shared_bytes
-        )
-        slow: list[Callable[[int, int, Sequence[int]], None]] = []
+        slow: list[Callable[..., int]] = []
 
-        def function(*values: int) -> int:
-            stream, bits = values[-1], 0
-            for pointer in values[:count]:
-                bits |= pointer
-            grid = programs(*values[count:-1]) if fixed is None else fixed
-            if grid <= 0:
-                return 0
-            if bits % ALIGNED_BYTES == 0:
-                fast(grid, stream, (*values[:-1], fault))
-                return 0
+        def unaligned(*values: Any) -> int:
             if not slow:
-                slow.append(self._unaligned(kernel, parameters, threads))
-            slow[0](grid, stream, (*values[:-1], fault))
-            return 0
+                made, shared_bytes = compile_kernel(load_module(self._path), kernel, self._target, aligned=False)
+                slow.append(launch_function(self._plan(kernel, made, shared_bytes, fault), 1, None))
+            return slow[0](*values)
 
-        return function
+        return launch_function(self._plan(kernel, cubin, kernel.shared_bytes, fault), ALIGNED_BYTES, unaligned)
 
-    def _unaligned(self, kernel: Compiled, parameters: int, threads: int) -> Callable[[int, int, Sequence[int]], None]:
-        cubin, shared_bytes = compile_kernel(load_module(self._path), kernel, self._target, aligned=False)
-        return launcher(load_function(cubin, kernel.name, shared_bytes), parameters, threads, shared_bytes)
+    @staticmethod
+    def _plan(kernel: Compiled, cubin: bytes, shared_bytes: int, fault: int) -> LaunchPlan:
+        return LaunchPlan(
+            function=load_function(cubin, kernel.name, shared_bytes),
+            buffers=len(kernel.buffers),
+            sizes=kernel.sizes,
+            programs=kernel.programs,
+            threads=kernel.num_warps * 32,
+            shared_bytes=shared_bytes,
+            fault=fault,
+        )
 
 
 __all__ = ["Compiled", "GpuKernels", "compile_kernel", "compile_module", "load_module", "triton_fingerprint"]

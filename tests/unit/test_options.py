@@ -30,6 +30,7 @@ READ = {
     "verify_cross_rank": ("VERIFY_CROSS_RANK", "0", False),
     "cxx": ("CXX", "clang++ -v", "clang++ -v"),
     "timeline": ("TIMELINE", "TRUE", True),
+    "cuda_graphs": ("CUDA_GRAPHS", "1", True),
 }
 """Each option: its variable without the prefix, a text for it, and what the text means."""
 

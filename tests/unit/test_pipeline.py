@@ -18,7 +18,7 @@ from dcompile.errors import CompilerBug, DCompileError
 from dcompile.ir.graph import Graph
 from dcompile.ir.nodes import Pointwise, Reduction, Store
 from dcompile.options import Options
-from dcompile.pipeline import PASSES, Level, Pass, run_passes
+from dcompile.pipeline import PASSES, Level, Pass, graph_refusal, run_passes, written_inputs
 from dcompile.watch import Watch
 from examples.train_gpt import GPT, VOCAB, Shape
 
@@ -124,3 +124,29 @@ def test_identical_blocks_compile_once(monkeypatch: pytest.MonkeyPatch, tmp_path
     (kernels, launches), (more_kernels, more_launches) = map(_kernels_and_launches, (2, 5))
     assert more_kernels == kernels
     assert more_launches >= launches + 3 * 10, "a block launches more than ten kernels, forward and backward"
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("graph f(x: f32[4]@cuda) {\n  y: f32[4]@cuda = pointwise (i0: 4) neg(x[i0])\n  return %y\n}", ""),
+        ("graph f(x: f32[4]) {\n  y: f32[4] = pointwise (i0: 4) neg(x[i0])\n  return %y\n}", "CPU"),
+        ("graph f(x: f32[s0]@cuda, s0: size = 4) {\n  y: f32[s0]@cuda = pointwise (i0: s0) neg(x[i0])\n  return %y\n}",
+         "sizes"),
+        ("graph f(x: f32[4]@cuda) {\n  p: pending (y: f32[4]@cuda) = start all_reduce.sum (x) @g[2]\n"
+         "  y: f32[4]@cuda = wait p\n  return %y\n}", "collectives"),
+    ],
+)  # fmt: skip
+def test_why_a_program_cannot_be_a_cuda_graph(text: str, reason: str) -> None:
+    found = graph_refusal(parse_graph(text))
+    assert reason in found
+    assert bool(found) == bool(reason)
+
+
+def test_written_inputs_are_found_through_views() -> None:
+    text = """graph f(x: f32[4]@cuda, y: f32[2]@cuda) {
+  v: f32[2]@cuda = view x (i0: 2) -> [i0]
+  x2: f32[2]@cuda = store set v (i0: 2) [i0] = y[i0]
+  return %y
+}"""
+    assert written_inputs(parse_graph(text)) == (0,)
