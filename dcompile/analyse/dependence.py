@@ -9,6 +9,8 @@ from dcompile.analyse.alias import Footprint, footprints, storage_roots
 from dcompile.collectives.nodes import Start, Wait
 from dcompile.ir.graph import Graph
 from dcompile.ir.nodes import Extern, Node, View
+from dcompile.ir.types import Number
+from dcompile.ir.symbolic import Knowledge, is_check, learned, symbols_of
 
 
 def predecessors(graph: Graph) -> tuple[frozenset[int], ...]:
@@ -21,11 +23,13 @@ def predecessors(graph: Graph) -> tuple[frozenset[int], ...]:
     - a Wait counts as another read of its collective's sources (in place: another write), so no write of the sources
       (in place: no touch) moves into the flight;
     - launches of one group keep their order, so that all ranks launch in one order;
-    - library calls with effects keep their order; nothing passes a barrier.
+    - library calls with effects keep their order; nothing passes a barrier;
+    - a number is learned and checked before it is used.
 
     Time is linear in nodes and operands, except around barriers, which depend on every node since the last one.
     """
     tables = _Tables()
+    numbers = Knowledge(graph)
     roots = storage_roots(graph)
     found: list[frozenset[int]] = []
     for position, node in enumerate(graph.nodes):
@@ -33,6 +37,7 @@ def predecessors(graph: Graph) -> tuple[frozenset[int], ...]:
         before = {graph.producer[name] for name in node.operands if name in graph.producer}
         before |= tables.memory(position, reads, writes)
         before |= tables.sequence(position, node)
+        before |= numbers.before(position, node)
         before.discard(position)
         found.append(frozenset(before))
     return tuple(found)
@@ -51,7 +56,7 @@ def touched_roots(graph: Graph, node: Node, roots: dict[str, str]) -> tuple[set[
         reads = {roots[name] for name in node.operands}
     else:
         reads = {roots[name] for name in node.operands}
-        owned = (item.name for item in node.defs)
+        owned = (item.name for item in node.defs if not isinstance(item, Number))
         writes |= {roots[name] for name in owned if roots[name] not in reads}
     return reads - writes, writes
 
@@ -116,6 +121,7 @@ def is_legal(graph: Graph, order: Sequence[int]) -> bool:
         _defined_before_use(graph, order)
         and _epochs(order, accesses) == expected
         and _sequences(graph, order) == _sequences(graph, range(len(graph.nodes)))
+        and _numbers_known(graph, order)
         and _respects_flights(graph, order, prints)
     )
 
@@ -128,6 +134,34 @@ def _defined_before_use(graph: Graph, order: Sequence[int]) -> bool:
             return False
         known.update(item.name for item in node.defs)
     return graph.output_names <= known
+
+
+def _numbers_known(graph: Graph, order: Sequence[int]) -> bool:
+    """Whether every node finds the numbers it uses learned, and checked as often as in program order."""
+    learned_names = learned(graph).keys()
+    if not learned_names:
+        return True
+    uses = [{s.name for s in symbols_of(node)} & learned_names for node in graph.nodes]
+
+    def states(positions: Sequence[int]) -> dict[int, list[tuple[str, int]]]:
+        seen: dict[str, int] = {}
+        found: dict[int, list[tuple[str, int]]] = {}
+        for position in positions:
+            node = graph.nodes[position]
+            for number in node.binds if isinstance(node, Extern) else ():
+                seen[number.name] = 1
+            found[position] = sorted((name, seen.get(name, 0)) for name in uses[position])
+            if is_check(node):
+                seen.update({name: seen.get(name, 0) + 1 for name in uses[position]})
+        return found
+
+    expected, found = states(range(len(graph.nodes))), states(order)
+    # more checks than in program order do no harm
+    return all(
+        have >= want
+        for position, state in expected.items()
+        for (_, want), (_, have) in zip(state, found[position], strict=True)
+    )
 
 
 def _epochs(order: Sequence[int], accesses: list[tuple[set[str], set[str]]]) -> dict[tuple[int, str], int]:

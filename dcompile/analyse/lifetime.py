@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from dcompile.analyse.alias import storage_roots
 from dcompile.collectives.nodes import Pending, Wait
 from dcompile.ir.graph import Graph
+from dcompile.ir.types import Number
 
 BEFORE = -1
 """Position of everything that exists before the first node: the inputs."""
@@ -58,7 +59,7 @@ def _touched(graph: Graph, position: int) -> Iterator[str]:
         if isinstance(item, Pending):
             if not item.in_place:
                 yield from (result.name for result in item.results)
-        else:
+        elif not isinstance(item, Number):
             yield item.name
 
 

@@ -13,6 +13,7 @@ from dcompile.errors import UnsafePlan
 from dcompile.ir.graph import Graph, hint
 from dcompile.ir.kernel import Kernel
 from dcompile.ir.nodes import Extern, Node, Pack, View
+from dcompile.ir.symbolic import holds, is_check
 from dcompile.ir.types import Size, Value
 from dcompile.plan import ALIGNMENT, Home, Plan, Storage
 
@@ -135,8 +136,10 @@ def _tensors(node: Node) -> tuple[Value, ...]:
 
 def admits(graph: Graph, sizes: Sizes) -> bool:
     """Whether the program makes sense for ``sizes``: no dimension below 1, every view inside its storage, every pack as
-    large as its parts. Guards, which a graph does not carry, exclude the rest."""
+    large as its parts, every check passed. Guards, which a graph does not carry, exclude the rest."""
     known = dict(sizes)
+    if any(is_check(node) and holds(node, sizes) is False for node in graph.nodes):
+        return False
     values = {name: value for name, value in graph.defs.items() if isinstance(value, Value)}
     if any(hint(n, known) < 1 for v in values.values() for n in v.shape if not isinstance(n, int)):
         return False

@@ -12,9 +12,8 @@ import sympy
 from dcompile.codegen.cpp_kernel import Printer
 from dcompile.codegen.cpp_scope import Emitter
 from dcompile.codegen.cpp_types import storage_type
-from dcompile.ir.canonical import Canonical, canonical
+from dcompile.ir.canonical import Canonical, canonical, parameters
 from dcompile.ir.graph import Graph
-from dcompile.ir.index import symbol
 from dcompile.ir.kernel import Kernel, Scratch, extents, statements
 from dcompile.ir.types import Origin, Value
 
@@ -114,8 +113,8 @@ def _function(name: str, form: Canonical, values: Mapping[str, Value], origins: 
     written = {out.name for out in kernel.outs} | {s.name for s in statements(kernel.body) if isinstance(s, Scratch)}
     out = Emitter(buffers, frozenset(written), extents(kernel.body))
     sizes = [out.fresh("s") for _ in form.symbols]
-    for position, text in enumerate(sizes):
-        out.bind_symbol(symbol(f"n{position}"), text)
+    for symbol, text in zip(parameters(form.symbols).values(), sizes, strict=True):
+        out.bind_symbol(symbol, text)
     Printer(out).body(kernel.body)
     body = out.scopes[0].lines
     failing = any("error)" in line for line in body)

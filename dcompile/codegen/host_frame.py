@@ -225,7 +225,7 @@ class HostFrame(HostMemory):
             place = self.places[out.name]
             if place.anchor is None:
                 raise CompilerBug(f"{self.name}: output {out.name} lies in the arena, which the next call overwrites")
-            parts.append(self.tensor(out.name))
+            parts.append(self.tensor(out.name) + (".item()" if out.item else ""))
         self.say(f"result = [{', '.join(parts)}]")
 
     def _input_ends(self) -> dict[str, int]:

@@ -109,7 +109,7 @@ def arg_text(
         CompilerBug: an argument of a kind that ``ir.nodes.Arg`` does not list.
     """
     if isinstance(arg, Ref):
-        return tensor(arg.name)
+        return f"{tensor(arg.name)}.item()" if arg.item else tensor(arg.name)
     if isinstance(arg, Literal):
         return _literal_text(arg, device)
     if isinstance(arg, tuple | list):

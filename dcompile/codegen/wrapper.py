@@ -18,10 +18,11 @@ from dcompile.codegen.host_text import arg_text, dtype_text, size_text, sizes_te
 from dcompile.codegen.places import Place
 from dcompile.collectives.nodes import Start, Wait
 from dcompile.errors import CompilerBug
-from dcompile.ir.index import as_size, product
+from dcompile.ir.index import as_size, product, symbol
 from dcompile.ir.kernel import Kernel
 from dcompile.ir.nodes import Extern, Node, Pack, View
-from dcompile.ir.types import Value, contiguous_stride
+from dcompile.ir.symbolic import MEASURED, find
+from dcompile.ir.types import Number, Value, contiguous_stride
 from dcompile.plan import Plan
 
 SEEDS = "dcompile.seeds"
@@ -99,7 +100,7 @@ class _Printer(HostFrame):
             raise CompilerBug(f"{self.name}: no compiled function for the kernel at position {position}")
         function = self.bind("kernel", site.function)
         arguments = [self.pointer(name) for name in site.buffers]
-        arguments += [size_text(symbol, self.symbols) for symbol in site.sizes]
+        arguments += [size_text(size, self.symbols) for size in site.sizes]
         if any(out.device != "cpu" for out in node.outs):  # launches return at once; faults show at the next call
             self.say(f"{function}({', '.join([*arguments, 'stream'])})", self._comment(position, node))
             return
@@ -125,6 +126,8 @@ class _Printer(HostFrame):
         results = self._result_variables(node)
         call = f"{self.bind('op', node.op)}({', '.join(arguments)})"
         self.say(f"{results} = {call}" if results else call, comment)
+        for number in node.binds:
+            self._learn(number, node)
         for result in node.outs:
             if result is not None:
                 self._settle(node, result)
@@ -132,10 +135,35 @@ class _Printer(HostFrame):
             self.moved(name)
 
     def _result_variables(self, node: Extern) -> str:
-        if not any(out is not None for out in node.outs):
+        told = {number.at: number.name for number in node.binds if number.at is not None}
+        if not told and not any(out is not None for out in node.outs):
             return ""
-        names = [self.var(out.name) if out is not None else "_" for out in node.outs]
+        names = [
+            self.var(out.name) if out is not None else self._number(told[n]) if n in told else "_"
+            for n, out in enumerate(node.outs)
+        ]
         return tuple_text(names) if node.seq or len(names) > 1 else names[0]
+
+    def _number(self, name: str) -> str:
+        """The variable of a number that a call tells."""
+        return self.symbols.setdefault(symbol(name), self.var.fresh(name))
+
+    def _learn(self, number: Number, node: Extern) -> None:
+        """Read ``number`` from what ``node`` returned.
+
+        Raises:
+            CompilerBug: it cannot be found there.
+        """
+        source = find(number, node)
+        if source is None:
+            raise CompilerBug(f"{self.name}: {node.op} at {node.origin.source} does not tell {number.name}")
+        if source.out is None:
+            variable = self._number(number.name)
+            self.say(f"{variable} = int({variable})")
+            return
+        measured = f"{self.var(source.out.name)}.{source.kind}({source.dim})"
+        text = size_text(source.solved, {**self.symbols, MEASURED: measured})
+        self.say(f"{self._number(number.name)} = {text}")
 
     def _settle(self, node: Extern, out: Value) -> None:
         """An allocating call has returned ``out``: check it, and copy it if the plan wants it elsewhere."""
@@ -153,8 +181,10 @@ class _Printer(HostFrame):
         call = f"{node.out_op or node.op}{' at ' + node.origin.source if node.origin.source else ''}"
         shape, stride = sizes_text(out.shape, self.symbols), sizes_text(self.places[out.name].stride, self.symbols)
         parts = [variable, dtype_text(out.dtype), shape, stride, repr(call), *([address] if address else [])]
-        self.say("if first:")
-        self.say(f"    rt.expect({', '.join(parts)})")
+        learning = bool(node.binds)  # its sizes differ from call to call: looked at in every one
+        if not learning:
+            self.say("if first:")
+        self.say(f"{'' if learning else '    '}rt.expect({', '.join(parts)})")
 
     def _pack(self, position: int, node: Pack) -> None:
         self.allocate(node.out.name)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import sympy
 
 from dcompile.ir import expr as ex
-from dcompile.ir.index import as_expr, as_size, symbol
+from dcompile.ir.index import SIGNED, as_expr, as_size, symbol
 from dcompile.ir.kernel import Fold, Kernel, Let, Nest, Scratch, Stmt, Write, expressions, statements
 from dcompile.ir.nodes import Axis
 from dcompile.ir.text import print_node
@@ -25,7 +25,8 @@ class Canonical:
             buffers of the same dtypes, shapes, strides and devices. Origins do not count.
         buffers: the kernel's own buffer names in parameter order: operands, then outs. ``buffers[n]`` is ``b{n}`` in
             ``kernel``; an out that is the next version of a target is a parameter beside its target.
-        symbols: its own size symbols in parameter order; ``symbols[n]`` is ``n{n}`` in ``kernel``.
+        symbols: its own size symbols in parameter order; ``symbols[n]`` is ``n{n}`` in ``kernel``, ``z_n{n}`` if it may
+            be negative (``parameters``).
         kernel: the renamed kernel. Loop variables are ``v0..``, scalars ``e0..``, scratch ``m0..``, in order of
             definition, every definition under its own name.
     """
@@ -46,7 +47,7 @@ def canonical(kernel: Kernel, values: Mapping[str, Value]) -> Canonical:
     buffers = tuple(known)
     symbols = _size_symbols(kernel, tuple(known.values()))
     renamer = _Renamer(
-        {name: f"b{n}" for n, name in enumerate(buffers)}, {s: symbol(f"n{n}") for n, s in enumerate(symbols)}
+        {name: f"b{n}" for n, name in enumerate(buffers)}, parameters(symbols)
     )
     names = renamer.buffers
     renamed = Kernel(
@@ -58,6 +59,11 @@ def canonical(kernel: Kernel, values: Mapping[str, Value]) -> Canonical:
     )
     layouts = "".join(print_def(renamer.value(value)) + "\n" for value in known.values())
     return Canonical(layouts + print_node(renamed), buffers, symbols, renamed)
+
+
+def parameters(symbols: tuple[sympy.Symbol, ...]) -> dict[sympy.Symbol, sympy.Symbol]:
+    """The symbol in a canonical kernel of each of its size symbols; what may be negative stays so."""
+    return {s: symbol(f"{'' if s.is_nonnegative else SIGNED}n{n}") for n, s in enumerate(symbols)}
 
 
 def _size_symbols(kernel: Kernel, values: tuple[Value, ...]) -> tuple[sympy.Symbol, ...]:

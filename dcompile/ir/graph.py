@@ -9,8 +9,10 @@ from typing import TypeAlias
 import sympy
 
 from dcompile.errors import CompilerBug
+from dcompile.ir.index import symbol
 from dcompile.ir.nodes import Node, Ref
-from dcompile.ir.types import Def, Size, Value
+from dcompile.ir.symbolic import check_numbers
+from dcompile.ir.types import Def, Number, Size, Value
 
 Output: TypeAlias = Ref | Size | float | bool | None
 """What a graph returns in one place: a tensor, a (symbolic) number, or None."""
@@ -90,14 +92,16 @@ class Graph:
 
     @cached_property
     def size_hints(self) -> dict[sympy.Symbol, int]:
-        """Size symbols with the value seen while tracing."""
-        return {item.symbol: item.hint for item in self.inputs if isinstance(item, SizeInput)}
+        """Size symbols with the value seen while tracing; for those the program learns, one that is possible."""
+        found = {item.symbol: item.hint for item in self.inputs if isinstance(item, SizeInput)}
+        return found | {symbol(n.name): n.hint for n in self.defs.values() if isinstance(n, Number)}
 
     def with_nodes(self, nodes: tuple[Node, ...]) -> Graph:
         return replace(self, nodes=nodes)
 
     def check(self) -> Graph:
-        """Every operand is defined before its use, every output is defined; returns the graph itself.
+        """Every operand is defined and every number learned before its use, every output is defined; returns the graph
+        itself.
 
         Raises:
             CompilerBug: naming the node and the operand.
@@ -108,6 +112,7 @@ class Graph:
                 if name not in known:
                     raise CompilerBug(f"{self.name}: {type(node).__name__} reads {name} before it is defined")
             known.update(d.name for d in node.defs)
+        check_numbers(self)
         self.defs  # noqa: B018  (raises on a second definition)
         for name in self.output_names - known:
             raise CompilerBug(f"{self.name}: output {name} is not defined")

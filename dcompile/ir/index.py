@@ -17,10 +17,15 @@ Ranges: TypeAlias = Mapping[sympy.Symbol, Size]
 """Each loop variable v with its extent n: 0 <= v < n."""
 
 
+SIGNED = "z_"
+"""How the names of symbols begin that may be negative: integers that are no sizes."""
+
+
 @lru_cache(maxsize=4096)
 def symbol(name: str) -> sympy.Symbol:
-    """The integer symbol of that name. Loop variables ``i0, r0``, bound values ``q0``, sizes ``s0``."""
-    return sympy.Symbol(name, integer=True, nonnegative=True)
+    """The integer symbol of that name. Loop variables ``i0, r0``, bound values ``q0``, sizes ``s0``, other integers
+    ``z_s1``; all but the last are never negative."""
+    return sympy.Symbol(name, integer=True) if name.startswith(SIGNED) else sympy.Symbol(name, integer=True, nonnegative=True)
 
 
 class FloorDiv(sympy.Function):  # type: ignore[misc]

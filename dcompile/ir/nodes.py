@@ -21,7 +21,7 @@ from typing import Any, TypeAlias, TypeVar
 import sympy
 
 from dcompile.ir import expr as ex
-from dcompile.ir.types import Def, Origin, Size, Value
+from dcompile.ir.types import Def, Number, Origin, Size, Value
 
 Axis: TypeAlias = tuple[sympy.Symbol, Size]
 """A loop variable and its extent."""
@@ -29,9 +29,10 @@ Axis: TypeAlias = tuple[sympy.Symbol, Size]
 
 @dataclass(frozen=True)
 class Ref:
-    """A tensor operand inside the arguments of a library call."""
+    """A tensor operand inside the arguments of a library call, or an output of a graph; ``item``: the number in it."""
 
     name: str
+    item: bool = False
 
 
 @dataclass(frozen=True)
@@ -227,6 +228,7 @@ class Extern(Node):
         fallback: no lowering rule exists; counted and named by ``dcompile.explain``.
         barrier: communicates in a way the compiler does not know: nothing moves across it.
         seq: one tensor in a list (False: the call returns ``outs[0]`` itself; True: a tuple or list).
+        binds: numbers that the call tells (``ir.symbolic``), each before those it is needed to find.
     """
 
     outs: tuple[Value | None, ...]
@@ -241,10 +243,11 @@ class Extern(Node):
     fallback: bool = False
     barrier: bool = False
     seq: bool = False
+    binds: tuple[Number, ...] = ()
 
     @property
-    def defs(self) -> tuple[Value, ...]:
-        return tuple(out for out in self.outs if out is not None) + self.versions
+    def defs(self) -> tuple[Def, ...]:
+        return (*(out for out in self.outs if out is not None), *self.versions, *self.binds)
 
     @property
     def operands(self) -> tuple[str, ...]:
@@ -296,7 +299,7 @@ def _refs(arg: Arg, found: dict[str, None]) -> None:
 
 def _rename_arg(arg: Arg, names: dict[str, str]) -> Arg:
     if isinstance(arg, Ref):
-        return Ref(names.get(arg.name, arg.name))
+        return Ref(names.get(arg.name, arg.name), arg.item)
     if isinstance(arg, tuple):
         return tuple(_rename_arg(item, names) for item in arg)
     return arg

@@ -10,8 +10,9 @@ Grammar (values and axes: ``text_node``; scalar expressions: ``text_expr``; kern
            | value "=" "store" mode target (axes) [lets] "[" index, ... [bind] "]" "=" expr
            | value "=" "pack" (names)
            | outs "=" "extern" op "(" arg, ..., key "=" arg, ... ")" ["->" out_op] ["writes" (names)]
-             ["versions" (values)] ["aliases" (names)] ["effect"] ["fallback"] ["barrier"] ["seq"]
-    arg    = "%" name | "<" kind value ">" | "none" | "true" | "false" | number | string | size | "[" arg, ... "]"
+             ["versions" (values)] ["aliases" (names)] ["binds" "(" symbol "=" hint ["at" position], ... ")"]
+             ["effect"] ["fallback"] ["barrier"] ["seq"]
+    arg    = "%" name ["item"] | "<" kind value ">" | "none" | "true" | "false" | number | string | size | "[" arg, ... "]"
     output = "%" name | "none" | "true" | "false" | float | size
 
 Line breaks mean nothing except that a comment belongs to the line it ends. Other packages add node grammars through
@@ -47,7 +48,7 @@ from dcompile.ir.text_node import (
     register_node,
 )
 from dcompile.ir.tokens import quote_name
-from dcompile.ir.types import Def, Origin, Value
+from dcompile.ir.types import Def, Number, Origin, Value
 
 _FLAGS = ("effect", "fallback", "barrier", "seq")
 print_body = text_kernel.print_body
@@ -221,7 +222,7 @@ def _read_pack(reader: Reader, left: tuple[Def | None, ...]) -> Pack:
 
 def _print_arg(arg: Arg) -> str:
     if isinstance(arg, Ref):
-        return f"%{quote_name(arg.name)}"
+        return f"%{quote_name(arg.name)}{' item' if arg.item else ''}"
     if isinstance(arg, Literal):
         return f"<{quote_name(arg.kind)} {json.dumps(arg.value)}>"
     if arg is None or isinstance(arg, bool):
@@ -240,7 +241,7 @@ def _print_arg(arg: Arg) -> str:
 def _read_arg(reader: Reader) -> Any:
     token = reader.peek()
     if reader.accept("%"):
-        return Ref(reader.name("the name of an operand"))
+        return Ref(reader.name("the name of an operand"), reader.accept("item"))
     if reader.accept("<"):
         kind = reader.name("the kind of the literal")
         value = _read_string(reader)
@@ -280,6 +281,8 @@ def _print_extern(node: Extern) -> str:
         text += f" versions ({print_defs(node.versions)})"
     if node.aliases:
         text += f" aliases ({print_names(node.aliases)})"
+    if node.binds:
+        text += f" binds ({', '.join(map(_print_number, node.binds))})"
     return text + "".join(f" {flag}" for flag in _FLAGS if getattr(node, flag))
 
 
@@ -305,12 +308,28 @@ def _read_extern(reader: Reader, left: tuple[Def | None, ...]) -> Extern:
     writes = reader.names() if reader.accept("writes") else ()
     versions = reader.values() if reader.accept("versions") else ()
     aliases = reader.optional_names() if reader.accept("aliases") else ()
+    binds: tuple[Number, ...] = ()
+    if reader.accept("binds"):
+        reader.expect("(")
+        binds = reader.sequence(lambda: _read_number(reader), ")")
     flags: dict[str, Any] = {flag: reader.accept(flag) for flag in _FLAGS}
     outs = tuple(out if isinstance(out, Value) else None for out in left)
     return Extern(
         outs=outs, op=op, args=tuple(args), kwargs=tuple(kwargs), writes=writes, versions=versions, out_op=out_op,
-        aliases=aliases, **flags,
+        aliases=aliases, binds=binds, **flags,
     )  # fmt: skip
+
+
+def _print_number(number: Number) -> str:
+    position = "" if number.at is None else f" at {number.at}"
+    return f"{quote_name(number.name)} = {number.hint}{position}"
+
+
+def _read_number(reader: Reader) -> Number:
+    name = reader.name("a size symbol")
+    reader.expect("=")
+    value = reader.integer("a hint")
+    return Number(name, value, reader.integer("a position") if reader.accept("at") else None)
 
 
 register_node(NodeGrammar("pointwise", Pointwise, _print_pointwise, _read_pointwise))

@@ -111,6 +111,19 @@ class Def:
 
 
 @dataclass(frozen=True)
+class Number(Def):
+    """An integer that a library call tells while the program runs: the value of the size symbol of that name.
+
+    Attributes:
+        hint: a value it may have, for decisions that may be wrong without being unsafe.
+        at: position of the number among what the call returns; None if it is found in the layout of a tensor there.
+    """
+
+    hint: int
+    at: int | None = None
+
+
+@dataclass(frozen=True)
 class Value(Def):
     """A tensor.
 

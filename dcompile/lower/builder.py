@@ -15,7 +15,7 @@ from dcompile.errors import Unsupported
 from dcompile.ir import expr as ex
 from dcompile.ir.index import symbol
 from dcompile.ir.nodes import Axis, Extern, Node, Pointwise, Reduction, Store, View
-from dcompile.ir.types import DType, Origin, Size, Value, contiguous_stride
+from dcompile.ir.types import DType, Number, Origin, Size, Value, contiguous_stride
 from dcompile.lower.flight import Flights
 from dcompile.lower.sizes import Sizes
 from dcompile.lower.table import NoRule
@@ -53,6 +53,8 @@ class Lowering:
         node: the fx node being lowered.
         outs: what it returns, as values ready to be defined; None where it returns no tensor.
         group_size: number of ranks of a process group, given as the traced program names it.
+        learned: size symbols whose values the program learns while it runs.
+        main_device: where numbers that are no tensors in the traced program are computed.
     """
 
     def __init__(self, names: set[str], group_size: Callable[[Any], int]) -> None:
@@ -66,6 +68,8 @@ class Lowering:
         self.node: fx.Node = None  # type: ignore[assignment]
         self.outs: tuple[Value | None, ...] = ()
         self.seed_counts: dict[str, int] = {}
+        self.learned: set[sympy.Symbol] = set()
+        self.main_device = "cpu"
         self._newer: dict[str, Value] = {}
         self._views: dict[str, tuple[View, Value]] = {}
 
@@ -178,7 +182,18 @@ class Lowering:
     # nodes
 
     def emit(self, node: Node) -> None:
+        if isinstance(node, Extern):
+            self.learned |= {symbol(number.name) for number in node.binds}
         self.nodes.append(node)
+
+    def learn(self, outs: Sequence[Value | None]) -> tuple[Number, ...]:
+        """The numbers that a call tells by the layout of what it returns, those that stand alone there first."""
+        sizes = self.sizes
+        entries = [n for out in outs if out is not None for n in (*out.shape, *out.stride) if isinstance(n, sympy.Expr)]
+        entries.sort(key=lambda n: len(n.args))
+        free = [s for entry in entries for s in sorted(entry.free_symbols, key=str) if s in sizes.unlearned]
+        sizes.told(free)
+        return tuple(Number(s.name, sizes.hints[s]) for s in dict.fromkeys(free))
 
     def pointwise(self, out: Value, expr: ex.Expr) -> Value:
         """``out[i0, …] = expr``, converted to the dtype of ``out``."""

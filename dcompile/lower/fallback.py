@@ -13,6 +13,7 @@ import torch
 
 from dcompile.errors import Unsupported
 from dcompile.ir.nodes import Arg, Extern, Literal, Ref
+from dcompile.ir.symbolic import find
 from dcompile.ir.types import DType, Value
 from dcompile.lower.builder import Lowering
 
@@ -98,6 +99,8 @@ def convert(lowering: Lowering, arg: Any) -> Arg:
     """
     if isinstance(arg, Value):
         return Ref(arg.name)
+    if isinstance(arg, Ref):
+        return arg
     if arg is None or isinstance(arg, bool | int | float | str | sympy.Expr):
         return arg
     if isinstance(arg, list | tuple):
@@ -145,12 +148,14 @@ def call_library(lowering: Lowering, op: Any, args: tuple[Any, ...], kwargs: dic
             returned[position] = versions[written.index(source)]
         else:
             aliases[position] = source.name
-    lowering.emit(
+    args, kwargs = _plain_numbers(schema, args, kwargs)
+    call = (
         Extern(
             outs=tuple(outs),
             op=str(op),
             args=convert(lowering, args),
             kwargs=tuple((name, convert(lowering, arg)) for name, arg in kwargs.items()),
+            binds=lowering.learn(lowering.outs),
             writes=tuple(w.name for w in written),
             versions=versions,
             aliases=tuple(aliases) if any(aliases) else (),
@@ -161,9 +166,38 @@ def call_library(lowering: Lowering, op: Any, args: tuple[Any, ...], kwargs: dic
             origin=lowering.origin,
         )
     )
+    for number in call.binds:
+        if find(number, call) is None:
+            raise Unsupported(
+                lowering.origin,
+                what=f"a result of {op} whose size {number.name} cannot be solved for",
+                instead="keep this call outside the compiled function",
+            )
+    lowering.emit(call)
     for old, new in zip(written, versions, strict=True):
         lowering.supersede(old, new)
     return tuple(returned) if _returns_sequence(schema) else (returned[0] if returned else None)
+
+
+def _plain_numbers(
+    schema: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Where the op takes a number and the program has it in a tensor, the number is read from it."""
+
+    def plain(position: int | None, name: str, value: Any) -> Any:
+        if not isinstance(value, Value):
+            return value
+        argument = next(
+            (a for n, a in enumerate(schema.arguments) if (n == position if position is not None else a.name == name)),
+            None,
+        )
+        wants = "" if argument is None else str(argument.type)
+        return value if "Tensor" in wants or argument is None else Ref(value.name, item=True)
+
+    return (
+        tuple(plain(position, "", value) for position, value in enumerate(args)),
+        {name: plain(None, name, value) for name, value in kwargs.items()},
+    )
 
 
 def _returns_sequence(schema: Any) -> bool:

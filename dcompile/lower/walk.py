@@ -20,18 +20,12 @@ from dcompile.ir.types import DType, Origin, Size, Value
 from dcompile.lower.builder import SEED_NAMES, Lowering
 from dcompile.lower.fallback import call_library
 from dcompile.lower.flight import InFlight, ViewInFlight
+from dcompile.lower.numbers import ITEM, Numbers
 from dcompile.lower.table import RULES, NoRule, Rule
 
-_DROPPED = frozenset(
-    {
-        "aten._assert_scalar.default",
-        "aten._assert_tensor_metadata.default",
-        "aten._assert_async.msg",
-        "aten.sym_constrain_range.default",
-        "aten.sym_constrain_range_for_size.default",
-    }
-)
-"""Checks of facts that the tracer's guards hold already."""
+_DROPPED = frozenset({"aten._assert_tensor_metadata.default"})
+"""Checks of dtypes and devices, which are the same in every call."""
+_RANGES = frozenset({"aten.sym_constrain_range.default", "aten.sym_constrain_range_for_size.default"})
 _VIEW_OPS = frozenset(
     {
         "view", "_unsafe_view", "reshape", "permute", "t", "transpose", "expand", "unsqueeze", "squeeze", "slice",
@@ -39,6 +33,7 @@ _VIEW_OPS = frozenset(
     }
 )  # fmt: skip
 """Views that may be taken of a collective's result before its wait."""
+_NO_NUMBER = object()
 
 
 @dataclass(frozen=True)
@@ -103,6 +98,7 @@ class _Walker:
         self.gm = gm
         self.eager_ops = eager_ops
         self.lowering = Lowering(set(SEED_NAMES.values()), group_size)
+        self.numbers = Numbers(self.lowering)
         self.env: dict[fx.Node, Any] = {}
         self.inputs: list[Value | SizeInput] = []
         self.constants: list[tuple[Value, torch.Tensor]] = []
@@ -114,6 +110,8 @@ class _Walker:
         # names of the traced program first, so that temporaries give way to them
         self.names = {node: lowering.fresh(node.name) for node in self.gm.graph.nodes}
         returned: Any = ()
+        lowering.main_device = _main_device(self.gm)
+        self.numbers.note_messages(self.gm.graph.nodes)
         for node in self.gm.graph.nodes:
             source = node.meta.get("dcompile_source", "")
             lowering.node = node
@@ -141,10 +139,12 @@ class _Walker:
         meta = node.meta.get("val")
         if isinstance(meta, torch.Tensor):
             value = self.lowering.value(self.names[node], meta)
+            self.lowering.sizes.told(size for size in (*value.shape, *value.stride) if isinstance(size, sympy.Symbol))
             self.inputs.append(value)
             return value
         if isinstance(meta, torch.SymInt):
             size = self.lowering.sizes.size(meta)
+            self.lowering.sizes.told((size,))
             known = {i.symbol for i in self.inputs if isinstance(i, SizeInput)}
             plain = isinstance(size, sympy.Symbol) and size not in known
             slot = size if plain else symbol(self.lowering.fresh(f"size_{node.name}"))
@@ -174,8 +174,14 @@ class _Walker:
 
     def output(self, item: Any) -> Output:
         found = self.resolve(item)
+        meta = item.meta.get("val") if isinstance(item, fx.Node) else None
+        if isinstance(meta, torch.SymBool) and isinstance(found, sympy.Expr):
+            found = self.lowering.pointwise(
+                self.lowering.temp("truth", DType.BOOL, (), self.lowering.main_device),
+                ex.to(ex.index(found), DType.BOOL),
+            )
         if isinstance(found, Value):
-            return Ref(found.name)
+            return Ref(found.name, item=isinstance(meta, torch.SymBool | torch.SymFloat))
         if found is None or isinstance(found, bool | int | float | sympy.Expr):
             return found
         raise Unsupported(
@@ -184,7 +190,7 @@ class _Walker:
 
     def extra_inputs(self) -> tuple[Extra, ...]:
         """Append inputs for size symbols that no integer input carries, and for constant tensors."""
-        bound = {item.symbol for item in self.inputs if isinstance(item, SizeInput)}
+        bound = {item.symbol for item in self.inputs if isinstance(item, SizeInput)} | self.lowering.learned
         extra: list[Extra] = []
         for missing in [s for s in self.lowering.sizes.hints if s not in bound]:
             place = next(
@@ -263,9 +269,9 @@ class _Walker:
             position: Any = node.args[1]
             found = self.env[holder]
             return found[position] if isinstance(found, tuple) else self.resolve(holder)[position]
+        if (handled := self.number(node)) is not _NO_NUMBER:
+            return handled
         meta = node.meta.get("val")
-        if isinstance(meta, torch.SymInt | int | float | bool) and not isinstance(meta, torch.Tensor):
-            return self.lowering.sizes.size(meta) if isinstance(meta, torch.SymInt) else meta
         if isinstance(meta, list | tuple) and meta and all(isinstance(item, int | torch.SymInt) for item in meta):
             return self.lowering.sizes.sizes(meta)
         if not isinstance(target, torch._ops.OpOverload):
@@ -282,6 +288,25 @@ class _Walker:
         if (view := self.unwaited_view(node, op)) is not None:
             return view
         return self.apply(node)
+
+    def number(self, node: fx.Node) -> Any:
+        """A call that gives a number or asserts something of one; ``_NO_NUMBER`` for any other."""
+        target, meta = str(node.target), node.meta.get("val")
+        if target == ITEM:
+            return self.numbers.item(node, self.resolve(node.args[0]))
+        if target == "aten._assert_scalar.default":
+            return self.numbers.assert_scalar(node)
+        if target in _RANGES:
+            return self.numbers.constrain_range(node)
+        if isinstance(meta, torch.SymInt):
+            return self.lowering.sizes.size(meta)
+        if isinstance(meta, torch.SymFloat):
+            return self.numbers.float(meta)
+        if isinstance(meta, torch.SymBool):
+            return self.numbers.truth(meta)
+        if isinstance(meta, int | float | bool) and not isinstance(meta, torch.Tensor):
+            return meta
+        return _NO_NUMBER
 
     def wait(self, argument: Any) -> Any:
         found = self.env[argument]
@@ -355,6 +380,15 @@ class _Walker:
         if not rule.any_dtype and any(v.dtype.is_complex for v in operands):
             return False
         return rule.any_device or len({v.device for v in operands}) <= 1
+
+
+def _main_device(gm: fx.GraphModule) -> str:
+    """Where most of the program's tensors live: on the first device that holds one with dimensions."""
+    for node in gm.graph.nodes:
+        meta = node.meta.get("val")
+        if isinstance(meta, torch.Tensor) and meta.dim() > 0:
+            return meta.device.type
+    return "cpu"
 
 
 def _values(args: tuple[Any, ...]) -> list[Value]:

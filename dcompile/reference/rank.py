@@ -14,7 +14,9 @@ from dcompile.errors import CompilerBug
 from dcompile.ir.graph import Graph, SizeInput
 from dcompile.ir.kernel import Kernel
 from dcompile.ir.nodes import Extern, Literal, Node, Pack, Pointwise, Reduction, Ref, Store, View
-from dcompile.ir.types import DType, Value
+from dcompile.ir.index import symbol
+from dcompile.ir.symbolic import MEASURED, find, holds, is_check
+from dcompile.ir.types import DType, Number, Value
 from dcompile.reference import loops
 from dcompile.reference.evaluate import size_value
 
@@ -104,7 +106,7 @@ def run_rank(graph: Graph, inputs: list[Tensor | int]) -> Steps:
 
 def _output(out: Any, memory: Memory) -> Result:
     if isinstance(out, Ref):
-        return memory[out.name]
+        return memory[out.name].item() if out.item else memory[out.name]
     return size_value(out, memory.sizes) if isinstance(out, sympy.Expr) else out
 
 
@@ -172,6 +174,9 @@ def _run_node(node: Node, memory: Memory) -> None:
             else:
                 tensors[out.name] = memory[target]
         loops.kernel(node, tensors, sizes)
+    elif is_check(node):
+        if not holds(node, memory.sizes):
+            raise RuntimeError(node.args[-1])
     elif isinstance(node, Extern):
         _call(node, memory)
     else:
@@ -186,12 +191,31 @@ def _call(node: Extern, memory: Memory) -> None:
     else:
         returned = operator(node.op)(*args, **kwargs)
     results = list(returned) if node.seq else [returned]
+    for number in node.binds:
+        memory.sizes[symbol(number.name)] = _learn(number, node, results, memory)
     aliases = node.aliases or (None,) * len(node.outs)
     for value, alias, result in zip(node.outs, aliases, results, strict=False):
         if value is not None:
             memory.tensors[value.name] = _returned(node, value, alias, result, memory)
     for name, version in zip(node.writes, node.versions, strict=True):
         memory.tensors[version.name] = memory[name]
+
+
+def _learn(number: Number, node: Extern, results: list[Any], memory: Memory) -> int:
+    """The value of a number that a library call tells.
+
+    Raises:
+        CompilerBug: the call does not tell it.
+    """
+    source = find(number, node)
+    if source is None:
+        raise CompilerBug(f"{node.op} does not tell {number.name}")
+    if source.out is None:
+        return int(results[source.dim])
+    names = [out.name if out is not None else "" for out in node.outs]
+    tensor = results[names.index(source.out.name)] if source.out.name in names else memory[source.out.name]
+    measured = tensor.shape[source.dim] if source.kind == "size" else tensor.stride(source.dim)
+    return size_value(source.solved, {**memory.sizes, MEASURED: measured})
 
 
 def _returned(node: Extern, value: Value, alias: str | None, result: Any, memory: Memory) -> Tensor:
@@ -231,7 +255,7 @@ def operator(name: str) -> Any:
 
 def _argument(arg: Any, memory: Memory) -> Any:
     if isinstance(arg, Ref):
-        return memory[arg.name]
+        return memory[arg.name].item() if arg.item else memory[arg.name]
     if isinstance(arg, tuple):
         return [_argument(item, memory) for item in arg]
     if isinstance(arg, sympy.Expr):

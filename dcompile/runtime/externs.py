@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from dcompile.errors import CompilerBug, DCompileError
+from dcompile.ir.symbolic import CHECK, RELATIONS
 
 LOWEST_I64 = -(2**63)
 
@@ -50,6 +51,16 @@ def seeds(count: int, device: str | torch.device = "cpu") -> torch.Tensor:
     return torch.empty(count, dtype=torch.int64, device=device).random_(LOWEST_I64, None)
 
 
+def check(left: int, relation: str, right: int, message: str) -> None:
+    """Raise what the user's program demands of a number it has learned.
+
+    Raises:
+        RuntimeError: ``left`` does not stand in ``relation`` to ``right``; the text is the user's message.
+    """
+    if not RELATIONS[relation](left, right):
+        raise RuntimeError(message)
+
+
 def check_result(
     result: torch.Tensor,
     dtype: torch.dtype,
@@ -86,4 +97,4 @@ def describe(dtype: torch.dtype, shape: Sequence[int], stride: Sequence[int]) ->
     return f"{str(dtype).removeprefix('torch.')}{list(shape)} with strides {list(stride)}"
 
 
-HELPERS: dict[str, Callable[..., Any]] = {"dcompile.seeds": seeds}
+HELPERS: dict[str, Callable[..., Any]] = {"dcompile.seeds": seeds, CHECK: check}

@@ -12,6 +12,7 @@ from dcompile.ir import expr as ex
 from dcompile.ir.graph import Graph
 from dcompile.ir.index import FloorDiv, Mod, Ranges, simplify
 from dcompile.ir.nodes import Node, Pointwise, Reduction, Store, View
+from dcompile.ir.symbolic import learned, symbols_of
 from dcompile.ir.types import Value, contiguous_stride
 
 
@@ -139,10 +140,14 @@ def drop_copies(graph: Graph, ctx: Context) -> Graph:
 def drop_dead(graph: Graph, ctx: Context) -> Graph:
     """Nodes without effect whose results nobody reads are removed."""
     live = set(graph.output_names)
+    numbers = learned(graph)
+    live.update(s.name for out in graph.outputs if isinstance(out, sympy.Expr) for s in out.free_symbols)
     kept: list[Node] = []
     for node in reversed(graph.nodes):
         if node.has_effect or any(d.name in live for d in node.defs):
             live.update(node.operands)
+            if numbers:
+                live.update(s.name for s in symbols_of(node))
             kept.append(node)
     return graph.with_nodes(tuple(reversed(kept)))
 
