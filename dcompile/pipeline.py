@@ -32,6 +32,7 @@ from dcompile.errors import CompilerBug, DCompileError, ToolchainError
 from dcompile.ir.graph import Graph
 from dcompile.ir.kernel import Kernel
 from dcompile.ir.nodes import Extern, Node, Pack, Pointwise, Reduction, Store, View
+from dcompile.ir.symbolic import is_check
 from dcompile.ir.types import Value
 from dcompile.lower import Extra, Lowered, SizeOf, lower
 from dcompile.options import Options
@@ -286,7 +287,7 @@ def _own_sources() -> str:
 
 
 def _facts(plan: Plan, module: CppModule, gpu: TritonModule) -> Facts:
-    externs = [node for node in plan.graph.nodes if isinstance(node, Extern)]
+    externs = [node for node in plan.graph.nodes if isinstance(node, Extern) and not is_check(node)]
     return Facts(
         functions={name: Arity(s.buffers, s.sizes) for name, s in module.signatures.items()},
         lines=communication_lines(plan.graph),

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils._python_dispatch import _disable_current_modes as disable_current_modes
 
 from dcompile.capture.comm import (
     AUTOGRAD_NAMESPACE,
@@ -21,12 +22,15 @@ from dcompile.capture.comm import (
 )
 
 aten = torch.ops.aten
+SCALAR = "dcompile_scalar"
+"""Key of ``node.meta`` under which the number in a constant tensor is handed to the next stages."""
 _NOISE = (aten.detach.default, aten.alias.default)
 
 
 def normalise(gm: fx.GraphModule) -> None:
     """Bring ``gm`` into the form the next stages expect, in place."""
     _drop_noise(gm)
+    _read_constants(gm)
     _one_namespace(gm)
     if any(communication(node) for node in gm.graph.nodes):
         _Waits(gm).run()
@@ -42,6 +46,19 @@ def _drop_noise(gm: fx.GraphModule) -> None:
         if node.op == "call_function" and node.target in _NOISE and not any(u.op == "output" for u in node.users):
             node.replace_all_uses_with(node.args[0])
             gm.graph.erase_node(node)
+
+
+def _read_constants(gm: fx.GraphModule) -> None:
+    """Note the numbers in constant tensors of one element; while fake tensors are in force nobody else can read them."""
+    for node in gm.graph.nodes:
+        if node.op != "get_attr":
+            continue
+        found: Any = gm
+        for part in str(node.target).split("."):
+            found = getattr(found, part)
+        if type(found) in (torch.Tensor, torch.nn.Parameter) and found.numel() == 1:
+            with disable_current_modes():
+                node.meta[SCALAR] = found.item()
 
 
 def _one_namespace(gm: fx.GraphModule) -> None:

@@ -84,8 +84,9 @@ _LINALG = frozenset(
 )
 _MEMORY = frozenset({"empty", "empty_strided", "_to_copy", "cat"})
 """Allocation, transfers between devices, and concatenation of many parts: nothing is computed."""
-LIBRARY_OPS = _ATTENTION | _CONVOLUTION | _MATMUL | _ORDER | _SCAN | _FFT | _LINALG | _MEMORY
-"""ATen op names (without overload) whose library call is no fallback."""
+_ASSERTION = frozenset({"_assert_async"})
+LIBRARY_OPS = _ASSERTION | _ATTENTION | _CONVOLUTION | _MATMUL | _ORDER | _SCAN | _FFT | _LINALG | _MEMORY
+"""ATen op names (without overload) whose library call is no fallback; nor is any call whose result's size it decides."""
 
 COMMUNICATING = frozenset({"c10d", "_c10d_functional", "_c10d_functional_autograd", "symm_mem", "_dtensor"})
 """Namespaces whose ops talk to other ranks. One without a rule is a barrier: nothing moves across it."""
@@ -148,6 +149,7 @@ def call_library(lowering: Lowering, op: Any, args: tuple[Any, ...], kwargs: dic
             returned[position] = versions[written.index(source)]
         else:
             aliases[position] = source.name
+    numbers = lowering.learn(lowering.outs)
     args, kwargs = _plain_numbers(schema, args, kwargs)
     call = (
         Extern(
@@ -155,12 +157,12 @@ def call_library(lowering: Lowering, op: Any, args: tuple[Any, ...], kwargs: dic
             op=str(op),
             args=convert(lowering, args),
             kwargs=tuple((name, convert(lowering, arg)) for name, arg in kwargs.items()),
-            binds=lowering.learn(lowering.outs),
+            binds=numbers,
             writes=tuple(w.name for w in written),
             versions=versions,
             aliases=tuple(aliases) if any(aliases) else (),
             effect=_has_effect(op, rest, kwargs, args),
-            fallback=not chosen and not (namespace == "aten" and rest.split(".")[0] in LIBRARY_OPS),
+            fallback=not chosen and not (namespace == "aten" and (rest.split(".")[0] in LIBRARY_OPS or numbers)),
             barrier=namespace in COMMUNICATING,
             seq=_returns_sequence(schema),
             origin=lowering.origin,

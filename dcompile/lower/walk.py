@@ -34,6 +34,8 @@ _VIEW_OPS = frozenset(
 )  # fmt: skip
 """Views that may be taken of a collective's result before its wait."""
 _NO_NUMBER = object()
+SCALAR = "dcompile_scalar"
+"""Key of ``node.meta`` for the number in a constant tensor of one element, which cannot be asked for it while tracing."""
 
 
 @dataclass(frozen=True)
@@ -168,7 +170,8 @@ class _Walker:
         meta = node.meta.get("val", found)
         value = self.lowering.value(self.names[node], meta)
         if found.numel() == 1 and not value.dtype.is_complex and type(found) in (torch.Tensor, torch.nn.Parameter):
-            return self.lowering.pointwise(value, ex.const(found.item(), value.dtype))
+            number = node.meta[SCALAR] if SCALAR in node.meta else found.item()
+            return self.lowering.pointwise(value, ex.const(number, value.dtype))
         self.constants.append((value, found))
         return value
 
