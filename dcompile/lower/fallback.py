@@ -85,7 +85,10 @@ _LINALG = frozenset(
 _MEMORY = frozenset({"empty", "empty_strided", "_to_copy", "cat"})
 """Allocation, transfers between devices, and concatenation of many parts: nothing is computed."""
 _ASSERTION = frozenset({"_assert_async"})
-LIBRARY_OPS = _ASSERTION | _ATTENTION | _CONVOLUTION | _MATMUL | _ORDER | _SCAN | _FFT | _LINALG | _MEMORY
+_DATA_SIZED = frozenset(
+    {"nonzero", "masked_select", "repeat_interleave", "_unique", "_unique2", "unique_dim", "unique_consecutive"}
+)
+LIBRARY_OPS = _DATA_SIZED | _ASSERTION | _ATTENTION | _CONVOLUTION | _MATMUL | _ORDER | _SCAN | _FFT | _LINALG | _MEMORY
 """ATen op names (without overload) whose library call is no fallback; nor is any call whose result's size it decides."""
 
 COMMUNICATING = frozenset({"c10d", "_c10d_functional", "_c10d_functional_autograd", "symm_mem", "_dtensor"})

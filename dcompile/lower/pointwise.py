@@ -67,6 +67,12 @@ def copy(b: Lowering, x: Value, **_: Any) -> Value:
     return b.pointwise(b.out, b.element(x, b.out.shape))
 
 
+@rule("prims.convert_element_type.default")
+def convert_element_type(b: Lowering, x: Value, dtype: Any) -> Value:
+    """``x`` in another dtype; the tracer puts it where it keeps a float as a tensor."""
+    return b.pointwise(b.out, b.element(x, b.out.shape))
+
+
 @rule("copy")
 def copy_onto(b: Lowering, x: Value, source: Any, non_blocking: bool = False) -> Value:
     """The functional form of ``x.copy_(source)``: ``source`` in the shape and dtype of ``x``."""
@@ -169,7 +175,7 @@ def quotient(v: Expr, w: Expr) -> Expr:
     return op("div", v, w)
 
 
-@rule("div.Tensor", "div.Scalar")
+@rule("div.Tensor", "div.Scalar", "true_divide.Tensor")
 def div(b: Lowering, x: Any, y: Any) -> Value:
     return elementwise(b, quotient, x, y)
 

@@ -20,6 +20,7 @@ from dcompile.capture import tensors_in
 from dcompile.ir.graph import Graph
 from dcompile.ir.kernel import Kernel
 from dcompile.ir.nodes import Extern, Node, View
+from dcompile.ir.symbolic import is_check
 from dcompile.ir.types import Value
 from dcompile.options import Options
 from dcompile.pipeline import Built
@@ -166,8 +167,9 @@ class Seen:
 
     @property
     def externs(self) -> tuple[str, ...]:
-        """Ops called in the library."""
-        return tuple(node.op for p in self.plans for node in p.graph.nodes if isinstance(node, Extern))
+        """Ops called in the library; a check of a number is none."""
+        calls = (node for p in self.plans for node in p.graph.nodes if isinstance(node, Extern))
+        return tuple(node.op for node in calls if not is_check(node))
 
     @property
     def fallbacks(self) -> tuple[str, ...]:
