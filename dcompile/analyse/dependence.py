@@ -9,8 +9,8 @@ from dcompile.analyse.alias import Footprint, footprints, storage_roots
 from dcompile.collectives.nodes import Start, Wait
 from dcompile.ir.graph import Graph
 from dcompile.ir.nodes import Extern, Node, View
-from dcompile.ir.types import Number
 from dcompile.ir.symbolic import Knowledge, is_check, learned, symbols_of
+from dcompile.ir.types import Number
 
 
 def predecessors(graph: Graph) -> tuple[frozenset[int], ...]:

@@ -49,7 +49,7 @@ def _drop_noise(gm: fx.GraphModule) -> None:
 
 
 def _read_constants(gm: fx.GraphModule) -> None:
-    """Note the numbers in constant tensors of one element; while fake tensors are in force nobody else can read them."""
+    """Note the numbers in constant tensors of one element; later stages cannot read them while tracing."""
     for node in gm.graph.nodes:
         if node.op != "get_attr":
             continue

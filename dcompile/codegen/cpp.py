@@ -12,7 +12,7 @@ import sympy
 from dcompile.codegen.cpp_kernel import Printer
 from dcompile.codegen.cpp_scope import Emitter
 from dcompile.codegen.cpp_types import storage_type
-from dcompile.ir.canonical import Canonical, canonical, parameters
+from dcompile.ir.canonical import Canonical, canonical, size_parameters
 from dcompile.ir.graph import Graph
 from dcompile.ir.kernel import Kernel, Scratch, extents, statements
 from dcompile.ir.types import Origin, Value
@@ -113,7 +113,7 @@ def _function(name: str, form: Canonical, values: Mapping[str, Value], origins: 
     written = {out.name for out in kernel.outs} | {s.name for s in statements(kernel.body) if isinstance(s, Scratch)}
     out = Emitter(buffers, frozenset(written), extents(kernel.body))
     sizes = [out.fresh("s") for _ in form.symbols]
-    for symbol, text in zip(parameters(form.symbols).values(), sizes, strict=True):
+    for symbol, text in zip(size_parameters(form.symbols).values(), sizes, strict=True):
         out.bind_symbol(symbol, text)
     Printer(out).body(kernel.body)
     body = out.scopes[0].lines

@@ -16,7 +16,7 @@ from dcompile.codegen.triton_kernel import KernelPrinter
 from dcompile.codegen.triton_launch import Launch, Shape, choose_launch, shape_of
 from dcompile.codegen.triton_prelude import PRELUDE
 from dcompile.codegen.triton_text import POINTER, size_python, type_text
-from dcompile.ir.canonical import Canonical, canonical, parameters
+from dcompile.ir.canonical import Canonical, canonical, size_parameters
 from dcompile.ir.graph import Graph
 from dcompile.ir.index import product
 from dcompile.ir.kernel import Kernel
@@ -122,7 +122,7 @@ def _function(
     dtypes = {f"b{n}": values[buffer].dtype for n, buffer in enumerate(form.buffers)}
     for dtype in dtypes.values():
         type_text(dtype)
-    sizes = {symbol: f"s{n}" for n, symbol in enumerate(parameters(form.symbols).values())}
+    sizes = {size: f"s{n}" for n, size in enumerate(size_parameters(form.symbols).values())}
     printer = KernelPrinter(shape, launch, dtypes, sizes, frozenset(out.name for out in form.kernel.outs))
     body = printer.print()
     parameters = [*dtypes, *sizes.values(), "fault", "X: tl.constexpr", "R: tl.constexpr"]

@@ -26,7 +26,7 @@ class Canonical:
         buffers: the kernel's own buffer names in parameter order: operands, then outs. ``buffers[n]`` is ``b{n}`` in
             ``kernel``; an out that is the next version of a target is a parameter beside its target.
         symbols: its own size symbols in parameter order; ``symbols[n]`` is ``n{n}`` in ``kernel``, ``z_n{n}`` if it may
-            be negative (``parameters``).
+            be negative (``size_parameters``).
         kernel: the renamed kernel. Loop variables are ``v0..``, scalars ``e0..``, scratch ``m0..``, in order of
             definition, every definition under its own name.
     """
@@ -46,9 +46,7 @@ def canonical(kernel: Kernel, values: Mapping[str, Value]) -> Canonical:
     known = {name: values[name] for name in kernel.operands} | {out.name: out for out in kernel.outs}
     buffers = tuple(known)
     symbols = _size_symbols(kernel, tuple(known.values()))
-    renamer = _Renamer(
-        {name: f"b{n}" for n, name in enumerate(buffers)}, parameters(symbols)
-    )
+    renamer = _Renamer({name: f"b{n}" for n, name in enumerate(buffers)}, size_parameters(symbols))
     names = renamer.buffers
     renamed = Kernel(
         origin=Origin(),
@@ -61,7 +59,7 @@ def canonical(kernel: Kernel, values: Mapping[str, Value]) -> Canonical:
     return Canonical(layouts + print_node(renamed), buffers, symbols, renamed)
 
 
-def parameters(symbols: tuple[sympy.Symbol, ...]) -> dict[sympy.Symbol, sympy.Symbol]:
+def size_parameters(symbols: tuple[sympy.Symbol, ...]) -> dict[sympy.Symbol, sympy.Symbol]:
     """The symbol in a canonical kernel of each of its size symbols; what may be negative stays so."""
     return {s: symbol(f"{'' if s.is_nonnegative else SIGNED}n{n}") for n, s in enumerate(symbols)}
 

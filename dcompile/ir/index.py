@@ -25,7 +25,9 @@ SIGNED = "z_"
 def symbol(name: str) -> sympy.Symbol:
     """The integer symbol of that name. Loop variables ``i0, r0``, bound values ``q0``, sizes ``s0``, other integers
     ``z_s1``; all but the last are never negative."""
-    return sympy.Symbol(name, integer=True) if name.startswith(SIGNED) else sympy.Symbol(name, integer=True, nonnegative=True)
+    if name.startswith(SIGNED):
+        return sympy.Symbol(name, integer=True)
+    return sympy.Symbol(name, integer=True, nonnegative=True)
 
 
 class FloorDiv(sympy.Function):  # type: ignore[misc]

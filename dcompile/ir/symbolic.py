@@ -2,7 +2,7 @@
 
 A size symbol is known from the start (``graph.SizeInput``, or the extent of an input), or a library call learns it
 (``Extern.binds``): the call returns the number itself, or a tensor whose shape holds it, possibly inside an expression
-such as ``2*u0``. Every later node that uses the symbol depends on that call, and on every check of the symbol before it.
+such as ``2*u0``. Every later node that uses the symbol depends on that call and on the checks of the symbol before.
 
 A check is ``extern dcompile.check(left, relation, right, message) effect``. It reads no memory and is never removed.
 """
@@ -64,7 +64,7 @@ def is_check(node: Node) -> TypeGuard[Extern]:
 
 
 def solve(entry: sympy.Expr, unknown: sympy.Symbol) -> sympy.Expr | None:
-    """``unknown`` given that ``entry`` has the value ``MEASURED``: for ``a*unknown + b``, a not 0; None for other forms.
+    """``unknown`` where ``entry`` has the value ``MEASURED``: for ``a*unknown + b``, a not 0; None for other forms.
 
     The division is exact for the values the entry can take; that the entry comes out as measured is the caller's check.
     """
@@ -76,7 +76,7 @@ def solve(entry: sympy.Expr, unknown: sympy.Symbol) -> sympy.Expr | None:
 
 
 def find(number: Number, node: Extern) -> Source | None:
-    """Where ``node`` tells the value of ``number``: sizes before strides, the first that can be solved; None if none."""
+    """Where ``node`` tells the value of ``number``: the first entry that can be solved, sizes first; None if none."""
     unknown = symbol(number.name)
     if number.at is not None:
         return Source(None, "number", number.at, unknown, MEASURED)

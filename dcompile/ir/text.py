@@ -12,7 +12,8 @@ Grammar (values and axes: ``text_node``; scalar expressions: ``text_expr``; kern
            | outs "=" "extern" op "(" arg, ..., key "=" arg, ... ")" ["->" out_op] ["writes" (names)]
              ["versions" (values)] ["aliases" (names)] ["binds" "(" symbol "=" hint ["at" position], ... ")"]
              ["effect"] ["fallback"] ["barrier"] ["seq"]
-    arg    = "%" name ["item"] | "<" kind value ">" | "none" | "true" | "false" | number | string | size | "[" arg, ... "]"
+    arg    = "%" name ["item"] | "<" kind value ">" | "none" | "true" | "false" | number | string | size
+           | "[" arg, ... "]"
     output = "%" name | "none" | "true" | "false" | float | size
 
 Line breaks mean nothing except that a comment belongs to the line it ends. Other packages add node grammars through

@@ -89,7 +89,7 @@ _DATA_SIZED = frozenset(
     {"nonzero", "masked_select", "repeat_interleave", "_unique", "_unique2", "unique_dim", "unique_consecutive"}
 )
 LIBRARY_OPS = _DATA_SIZED | _ASSERTION | _ATTENTION | _CONVOLUTION | _MATMUL | _ORDER | _SCAN | _FFT | _LINALG | _MEMORY
-"""ATen op names (without overload) whose library call is no fallback; nor is any call whose result's size it decides."""
+"""ATen op names (without overload) whose library call is no fallback; nor is a call that decides a size."""
 
 COMMUNICATING = frozenset({"c10d", "_c10d_functional", "_c10d_functional_autograd", "symm_mem", "_dtensor"})
 """Namespaces whose ops talk to other ranks. One without a rule is a barrier: nothing moves across it."""
@@ -154,22 +154,20 @@ def call_library(lowering: Lowering, op: Any, args: tuple[Any, ...], kwargs: dic
             aliases[position] = source.name
     numbers = lowering.learn(lowering.outs)
     args, kwargs = _plain_numbers(schema, args, kwargs)
-    call = (
-        Extern(
-            outs=tuple(outs),
-            op=str(op),
-            args=convert(lowering, args),
-            kwargs=tuple((name, convert(lowering, arg)) for name, arg in kwargs.items()),
-            binds=numbers,
-            writes=tuple(w.name for w in written),
-            versions=versions,
-            aliases=tuple(aliases) if any(aliases) else (),
-            effect=_has_effect(op, rest, kwargs, args),
-            fallback=not chosen and not (namespace == "aten" and (rest.split(".")[0] in LIBRARY_OPS or numbers)),
-            barrier=namespace in COMMUNICATING,
-            seq=_returns_sequence(schema),
-            origin=lowering.origin,
-        )
+    call = Extern(
+        outs=tuple(outs),
+        op=str(op),
+        args=convert(lowering, args),
+        kwargs=tuple((name, convert(lowering, arg)) for name, arg in kwargs.items()),
+        binds=numbers,
+        writes=tuple(w.name for w in written),
+        versions=versions,
+        aliases=tuple(aliases) if any(aliases) else (),
+        effect=_has_effect(op, rest, kwargs, args),
+        fallback=not chosen and not (namespace == "aten" and (rest.split(".")[0] in LIBRARY_OPS or numbers)),
+        barrier=namespace in COMMUNICATING,
+        seq=_returns_sequence(schema),
+        origin=lowering.origin,
     )
     for number in call.binds:
         if find(number, call) is None:

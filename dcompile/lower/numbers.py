@@ -1,8 +1,8 @@
 """Numbers on the host: values read from tensors, arithmetic on floats, and the program's assertions of them.
 
-Integers and truths are size expressions (a truth is 1 or 0). A float is a tensor of no dimensions and type f64, computed
-by kernels like any other: reading it back would only stop the program. Where a library call or the caller needs a
-Python float it is read there (``Ref.item``).
+Integers and truths are size expressions (a truth is 1 or 0). A float is a tensor of no dimensions and type f64,
+computed by kernels like any other: reading it back would only stop the program. Where a library call or the caller
+needs a Python float it is read there (``Ref.item``).
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Numbers:
         if not isinstance(meta, torch.SymInt | torch.SymBool):
             return meta
         sizes = self.lowering.sizes
-        free = [s for s in sizes.expression(meta).free_symbols]
+        free = list(sizes.expression(meta).free_symbols)
         unlearned = [s for s in map(sizes.convert, free) if s in sizes.unlearned]
         value = sizes.truth(meta) if isinstance(meta, torch.SymBool) else sizes.size(meta)
         if len(unlearned) == 1 and len(free) == 1 and (value == unlearned[0] or isinstance(meta, torch.SymBool)):
@@ -151,7 +151,7 @@ class Numbers:
                     self.messages.setdefault(_normal(fact), message)
 
     def assert_scalar(self, node: fx.Node) -> None:
-        """``aten._assert_scalar``: a check at run time, unless it is known to pass or a guard of the tracer holds it."""
+        """``aten._assert_scalar``: a check at run time, unless it cannot fail or a guard of the tracer holds it."""
         condition, message = node.args[0], str(node.args[1])
         meta = condition.meta.get("val") if isinstance(condition, fx.Node) else condition
         if not isinstance(meta, torch.SymBool):

@@ -35,7 +35,7 @@ _VIEW_OPS = frozenset(
 """Views that may be taken of a collective's result before its wait."""
 _NO_NUMBER = object()
 SCALAR = "dcompile_scalar"
-"""Key of ``node.meta`` for the number in a constant tensor of one element, which cannot be asked for it while tracing."""
+"""Key of ``node.meta`` for the number in a constant tensor of one element, which cannot tell it while tracing."""
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from torch import Tensor
 from dcompile.collectives.nodes import Start, Wait
 from dcompile.errors import CompilerBug
 from dcompile.ir.graph import Graph, SizeInput
+from dcompile.ir.index import symbol
 from dcompile.ir.kernel import Kernel
 from dcompile.ir.nodes import Extern, Literal, Node, Pack, Pointwise, Reduction, Ref, Store, View
-from dcompile.ir.index import symbol
 from dcompile.ir.symbolic import MEASURED, find, holds, is_check
 from dcompile.ir.types import DType, Number, Value
 from dcompile.reference import loops

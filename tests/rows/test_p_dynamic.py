@@ -23,11 +23,16 @@ from dcompile.ir.symbolic import is_check, learned
 from dcompile.reference import run_reference
 from tests.rows.check import Seen, chk
 
+PRIVATE: dict[str, Any] = {"cache_dir": None}
+
 
 @pytest.fixture(autouse=True)
 def _capture_numbers() -> Iterator[None]:
     with torch._dynamo.config.patch(capture_scalar_outputs=True, capture_dynamic_output_shape_ops=True):
         yield
+
+
+check: Any = torch._check
 
 
 def bindings(seen: Seen) -> list[str]:
@@ -50,7 +55,9 @@ def test_size_one_and_broken_guards_compile_again() -> None:
     def two_ways(x: Tensor) -> Tensor:
         return x * 2 if x.shape[0] > 100 else x + 2
 
-    seen = chk(two_ways, torch.randn(5), also=[(torch.randn(200),), (torch.randn(300),), (torch.randn(1),)], dynamic=True)
+    seen = chk(
+        two_ways, torch.randn(5), also=[(torch.randn(200),), (torch.randn(300),), (torch.randn(1),)], dynamic=True
+    )
     assert len(seen.graphs) == 3
 
 
@@ -95,7 +102,7 @@ def test_a_transformer_trains_with_dynamic_batch_and_length() -> None:
     torch.compiler.reset()
     dcompile.reset_counters()
     model = Transformer()
-    compiled = torch.compile(model, backend="dcompile", dynamic=True, options={"cache_dir": None})
+    compiled = torch.compile(model, backend="dcompile", dynamic=True, options=PRIVATE)
     for batch, length in ((4, 16), (3, 9), (8, 64), (2, 33)):
         text = torch.randint(31, (batch, length))
         losses, gradients = [], []
@@ -197,7 +204,7 @@ def test_split_by_numbers_from_a_tensor() -> None:
     x = torch.randn(5, 3)
     seen = chk(split, x, tensor([2, 3]), also=[(x, tensor([0, 5])), (x, tensor([4, 1]))])
     assert len(seen.graphs) == 1
-    compiled = torch.compile(split, backend="dcompile", options={"cache_dir": None})
+    compiled = torch.compile(split, backend="dcompile", options=PRIVATE)
     compiled(x, tensor([2, 3]))
     with pytest.raises(RuntimeError, match="u0 \\+ u1, 5"):
         compiled(x, tensor([2, 2]))
@@ -243,13 +250,15 @@ def test_a_number_that_is_used_too_early_is_a_bug_with_its_name() -> None:
 @pytest.mark.row("P3")
 def test_the_definer_stays_first_in_the_schedule() -> None:
     def sized(x: Tensor, z: Tensor) -> Tensor:
-        n = x.sum().item()
-        return torch.zeros(n) + z.sum()  # type: ignore[arg-type]
+        n: Any = x.sum().item()
+        return torch.zeros(n) + z.sum()
 
     seen = chk(sized, tensor([1, 2]), torch.randn(4), also=[(tensor([0, 0]), torch.randn(4))])
     graph = seen.plan.graph
     (at,) = learned(graph).values()
-    users = [step.position for step in seen.schedule if "aten.full.default" in step.ops or "aten.add.Tensor" in step.ops]
+    users = [
+        step.position for step in seen.schedule if "aten.full.default" in step.ops or "aten.add.Tensor" in step.ops
+    ]
     assert users
     assert all(at < position for position in users)
 
@@ -301,8 +310,8 @@ def test_a_number_that_cannot_be_found_is_named() -> None:
 @pytest.mark.row("P5")
 def test_an_integer_in_shape_and_arithmetic_is_read_once() -> None:
     def several(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        n = x.sum().item()
-        return torch.arange(n) * 2, y * n + n // 2  # type: ignore[call-overload, operator]
+        n: Any = x.sum().item()
+        return torch.arange(n) * 2, y * n + n // 2
 
     seen = chk(several, tensor([1, 3]), torch.randn(3), also=[(tensor([4, 5]), torch.randn(3))])
     assert seen.externs.count("aten._local_scalar_dense.default") == 1
@@ -311,8 +320,8 @@ def test_an_integer_in_shape_and_arithmetic_is_read_once() -> None:
 @pytest.mark.row("P5")
 def test_an_item_may_be_negative() -> None:
     def signed(x: Tensor, y: Tensor) -> Tensor:
-        n = x.sum().item()
-        return y * n + n // 2 + n % 3  # type: ignore[operator]
+        n: Any = x.sum().item()
+        return y * n + n // 2 + n % 3
 
     chk(signed, tensor([1, -4]), torch.randn(3), also=[(tensor([7, 1]), torch.randn(3))])
 
@@ -335,8 +344,8 @@ def test_a_float_is_not_read_back_for_arithmetic() -> None:
 @pytest.mark.row("P5")
 def test_numbers_are_returned_as_numbers() -> None:
     def results(x: Tensor) -> tuple[Any, ...]:
-        n = x.sum().item()
-        return x + 1, n, n * 2, x.double().mean().item(), (x.sum() > 0).item()  # type: ignore[operator]
+        n: Any = x.sum().item()
+        return x + 1, n, n * 2, x.double().mean().item(), (x.sum() > 0).item()
 
     chk(results, tensor([1, 2]), also=[(tensor([-7, 1]),)])
 
@@ -350,8 +359,8 @@ def test_a_float_item_where_the_library_wants_a_number() -> None:
 
 
 def checked(x: Tensor) -> Tensor:
-    n = x.sum().item()
-    torch._check(n < 10, lambda: "n is too big")  # type: ignore[operator]
+    n: Any = x.sum().item()
+    check(n < 10, lambda: "n is too big")
     return x + 1
 
 
@@ -359,7 +368,7 @@ def checked(x: Tensor) -> Tensor:
 def test_a_check_of_an_unused_number_runs() -> None:
     seen = chk(checked, tensor([1, 2]))
     assert sum(is_check(node) for node in seen.plan.graph.nodes) == 1
-    compiled = torch.compile(checked, backend="dcompile", options={"cache_dir": None})
+    compiled = torch.compile(checked, backend="dcompile", options=PRIVATE)
     compiled(tensor([1, 2]))
     with pytest.raises(RuntimeError, match="n is too big"):
         compiled(tensor([10, 2]))
@@ -369,14 +378,14 @@ def test_a_check_of_an_unused_number_runs() -> None:
 @pytest.mark.row("P6")
 def test_a_check_guards_the_reads_that_rely_on_it() -> None:
     def head(x: Tensor, count: Tensor) -> Tensor:
-        n = count.item()
-        torch._check(n >= 0)  # type: ignore[operator]
-        torch._check(n <= x.shape[0], lambda: "longer than x")  # type: ignore[operator]
-        return x[:n].sum(0) + 1  # type: ignore[misc]
+        n: Any = count.item()
+        check(n >= 0)
+        check(n <= x.shape[0], lambda: "longer than x")
+        return x[:n].sum(0) + 1
 
     x = torch.randn(5, 3)
     seen = chk(head, x, tensor(2), also=[(x, tensor(0)), (x, tensor(5))])
-    compiled = torch.compile(head, backend="dcompile", options={"cache_dir": None})
+    compiled = torch.compile(head, backend="dcompile", options=PRIVATE)
     compiled(x, tensor(3))
     with pytest.raises(RuntimeError, match="longer than x"):
         compiled(x, tensor(6))
@@ -390,7 +399,7 @@ def test_an_assertion_on_a_tensor_runs() -> None:
         return x + 1
 
     chk(asserted, torch.ones(3))
-    compiled = torch.compile(asserted, backend="dcompile", options={"cache_dir": None})
+    compiled = torch.compile(asserted, backend="dcompile", options=PRIVATE)
     compiled(torch.ones(3))
     with pytest.raises(RuntimeError, match="not positive"):
         compiled(-torch.ones(3))

@@ -2,9 +2,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dcompile.errors import Unsupported
 from dcompile.lower import lower
-from tests.unit.lower.harness import check, interpret, trace
+from tests.unit.lower.harness import check, compare, interpret, trace
 
 
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -48,9 +47,10 @@ def test_masks_are_a_library_call() -> None:
     check(lambda x: torch.index_put(x, (x > 0,), torch.tensor(2.0)), randn(4, 5), library=True)
 
 
-def test_sizes_that_depend_on_data_are_refused() -> None:
-    with pytest.raises(Unsupported, match="depends on tensor data"):
-        lower(trace(lambda x: x[x > 0], randn(4, 5)), "inference")
+def test_sizes_that_depend_on_data_are_learned_from_the_call() -> None:
+    x = randn(4, 5)
+    lowered = lower(trace(lambda x: x[x > 0] * 2, x), "inference")
+    compare(interpret(lowered, x)[0], x[x > 0] * 2)
 
 
 def test_out_of_range_is_reported() -> None:
