@@ -53,6 +53,7 @@ from dcompile.runtime.compiled import (
 )
 from dcompile.runtime.toolchain import Arity, compiler_fingerprint, probe
 from dcompile.runtime.triton_kernels import triton_fingerprint
+from dcompile.schedule.batch import batch_kernels
 from dcompile.schedule.bucket import bucket_collectives
 from dcompile.schedule.fuse import fuse
 from dcompile.schedule.in_place import donate_sources, recover_in_place
@@ -108,6 +109,7 @@ PASSES = (
     Pass(choose_layouts, takes=Level.LOOPS, gives=Level.LOOPS, optional=True),
     Pass(inline_pointwise, takes=Level.LOOPS, gives=Level.LOOPS, optional=True),
     Pass(fuse, takes=Level.LOOPS, gives=Level.KERNELS),
+    Pass(batch_kernels, takes=Level.KERNELS, gives=Level.KERNELS, optional=True),
     Pass(overlap, takes=Level.KERNELS, gives=Level.ORDERED, optional=True),
 )
 

@@ -8,19 +8,19 @@ with position 0, or divisor 1. ``X`` and ``R`` are block sizes along outer and i
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import sympy
 
 from dcompile.codegen.triton_kernel import KernelPrinter
-from dcompile.codegen.triton_launch import Launch, Shape, choose_launch, shape_of
+from dcompile.codegen.triton_launch import Launch, Shape, choose_launch, is_batch, members_of, shape_of
 from dcompile.codegen.triton_prelude import PRELUDE
 from dcompile.codegen.triton_text import POINTER, size_python, type_text
 from dcompile.ir.canonical import Canonical, canonical, size_parameters
 from dcompile.ir.graph import Graph
 from dcompile.ir.index import product
 from dcompile.ir.kernel import Kernel
-from dcompile.ir.types import Origin, Value
+from dcompile.ir.types import DType, Origin, Value
 
 NAMED_OPS = 4
 """Source ops that enter a function's name; the comment above it lists all."""
@@ -96,7 +96,8 @@ def print_triton(graph: Graph, launches: Mapping[int, Launch] | None = None) -> 
     names = {key: _function_name(number, origins[0]) for number, (key, (_, origins)) in enumerate(shared.items())}
     texts, signatures = [PRELUDE], {}
     for key, (form, origins) in shared.items():
-        text, signatures[names[key]] = _function(names[key], form, key[1], values, origins)
+        printed = _batch if is_batch(form.kernel) else _function
+        text, signatures[names[key]] = printed(names[key], form, key[1], values, origins)
         texts.append(text)
     calls = {at: KernelCall(names[key], form.buffers, form.symbols) for at, (key, form) in uses.items()}
     return TritonModule("\n\n".join(texts), calls, signatures)
@@ -119,22 +120,66 @@ def _function(
 ) -> tuple[str, TritonSignature]:
     """One function with the comment above it."""
     shape = shape_of(form.kernel)
-    dtypes = {f"b{n}": values[buffer].dtype for n, buffer in enumerate(form.buffers)}
-    for dtype in dtypes.values():
-        type_text(dtype)
-    sizes = {size: f"s{n}" for n, size in enumerate(size_parameters(form.symbols).values())}
+    dtypes, sizes = _parameters(form, values)
     printer = KernelPrinter(shape, launch, dtypes, sizes, frozenset(out.name for out in form.kernel.outs))
     body = printer.print()
     parameters = [*dtypes, *sizes.values(), "fault", "X: tl.constexpr", "R: tl.constexpr"]
     lines = [*_comment(origins), "@triton.jit", f"def {name}({', '.join(parameters)}):", *body, ""]
-    signature = TritonSignature(
+    return "\n".join(lines), _signature(form, dtypes, launch, _programs(shape, launch, sizes), origins)
+
+
+def _batch(
+    name: str, form: Canonical, launch: Launch, values: Mapping[str, Value], origins: list[Origin]
+) -> tuple[str, TritonSignature]:
+    """A function whose programs are divided among the nests of a batch; different nests are functions of their own."""
+    dtypes, _ = _parameters(form, values)
+    parts: dict[str, str] = {}
+    texts: list[str] = []
+    main, start = ["    program = tl.program_id(0)"], 0
+    for number, kernel in enumerate(members_of(form.kernel)):
+        inner = canonical(kernel, {buffer: replace(values[own], name=buffer) for buffer, own in _owners(form)})
+        cut = choose_launch(kernel, {}, launch.num_warps)
+        if (part := parts.get(inner.key)) is None:
+            part = parts[inner.key] = f"{name}_part{len(parts)}"
+            shape = shape_of(inner.kernel)
+            own = {f"b{n}": dtypes[buffer] for n, buffer in enumerate(inner.buffers)}
+            printer = KernelPrinter(shape, cut, own, {}, frozenset(out.name for out in inner.kernel.outs))
+            body = printer.print("program")
+            head = f"def {part}({', '.join([*own, 'fault', 'program', 'X: tl.constexpr', 'R: tl.constexpr'])}):"
+            texts += ["@triton.jit", head, *body, "", ""]
+        end = start + int(_programs(shape_of(kernel), cut, {}))
+        main.append(f"    {'if' if number == 0 else 'elif'} program < {end}:")
+        offset = f"program - {start}" if start else "program"
+        main.append(f"        {part}({', '.join([*inner.buffers, 'fault', offset, str(cut.block), str(cut.inner)])})")
+        start = end
+    head = f"def {name}({', '.join([*dtypes, 'fault', 'X: tl.constexpr', 'R: tl.constexpr'])}):"
+    lines = [*texts, *_comment(origins), "@triton.jit", head, *main, ""]
+    return "\n".join(lines), _signature(form, dtypes, launch, str(start), origins)
+
+
+def _owners(form: Canonical) -> list[tuple[str, str]]:
+    """The canonical name of each buffer beside its name in the graph."""
+    return [(f"b{n}", buffer) for n, buffer in enumerate(form.buffers)]
+
+
+def _parameters(form: Canonical, values: Mapping[str, Value]) -> tuple[dict[str, DType], dict[sympy.Symbol, str]]:
+    """Element type of each buffer parameter, and the parameter of each size symbol."""
+    dtypes = {f"b{n}": values[buffer].dtype for n, buffer in enumerate(form.buffers)}
+    for dtype in dtypes.values():
+        type_text(dtype)
+    return dtypes, {size: f"s{n}" for n, size in enumerate(size_parameters(form.symbols).values())}
+
+
+def _signature(
+    form: Canonical, dtypes: Mapping[str, DType], launch: Launch, programs: str, origins: list[Origin]
+) -> TritonSignature:
+    return TritonSignature(
         buffers=tuple(POINTER[dtype] for dtype in dtypes.values()),
         sizes=len(form.symbols),
         launch=launch,
-        programs=_programs(shape, launch, sizes),
+        programs=programs,
         where=_where(origins),
     )
-    return "\n".join(lines), signature
 
 
 def _programs(shape: Shape, launch: Launch, sizes: Mapping[sympy.Symbol, str]) -> str:

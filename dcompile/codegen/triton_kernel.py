@@ -21,10 +21,10 @@ from dcompile.ir.types import DType, Size
 class KernelPrinter(Values):
     """Writes the body of one function: its statements. See ``Values`` for the arguments."""
 
-    def print(self) -> list[str]:
-        """The lines of the body."""
+    def print(self, program: str = "tl.program_id(0)") -> list[str]:
+        """The lines of the body; ``program`` is the number of the program among those that run it."""
         total = product(tuple(size for _, size in self.shape.outer))
-        program = "tl.program_id(0)" if is_narrow(total) else "tl.program_id(0).to(tl.int64)"
+        program = program if is_narrow(total) else f"{program}.to(tl.int64)"
         self.line(f"x = {program} * X + tl.arange(0, X){'' if self.shape.inner is None else '[:, None]'}")
         self._enter("x", OUTER, self.shape.outer)
         self._statements(self.shape.body)

@@ -12,7 +12,7 @@ from dcompile.errors import CompilerBug
 from dcompile.ir import expr as ex
 from dcompile.ir.graph import hint
 from dcompile.ir.index import product
-from dcompile.ir.kernel import Fold, Kernel, Let, Nest, Role, Scratch, Stmt, Write
+from dcompile.ir.kernel import Fold, Kernel, Let, Nest, Role, Scratch, Stmt, Write, statements
 from dcompile.ir.nodes import Axis
 from dcompile.ir.types import Size
 
@@ -102,6 +102,21 @@ def shape_of(kernel: Kernel) -> Shape:
     return Shape(outer, inner, body, column and inner is not None, any(isinstance(s, Scratch) for s in body))
 
 
+def is_batch(kernel: Kernel) -> bool:
+    """Whether the body is several nests that are independent of each other (``schedule.batch``)."""
+    return len(kernel.body) > 1 and all(isinstance(stmt, Nest) for stmt in kernel.body)
+
+
+def members_of(kernel: Kernel) -> list[Kernel]:
+    """The nests of a batch as kernels of their own."""
+    made = []
+    for nest in kernel.body:
+        written = {s.buffer for s in statements((nest,)) if isinstance(s, Write)}
+        outs = tuple(out for out in kernel.outs if out.name in written)
+        made.append(replace(kernel, outs=outs, body=(nest,), targets=(None,) * len(outs), inplace=()))
+    return made
+
+
 def _over(stmt: Stmt, axes: tuple[Axis, ...]) -> Stmt:
     """An inner range over the variables of ``axes``, so that equal values in different ranges are equal expressions."""
     if not isinstance(stmt, Nest | Fold) or stmt.axes == axes:
@@ -135,13 +150,23 @@ def _renamed(stmt: S, names: Mapping[sympy.Symbol, sympy.Expr]) -> S:
     return stmt
 
 
-def choose_launch(kernel: Kernel, hints: Mapping[sympy.Symbol, int]) -> Launch:
-    """The cut of ``kernel`` at the size hints.
+BATCH_WARPS = 4
+"""Warps of every program of a batch, whichever member it belongs to."""
+
+
+def choose_launch(kernel: Kernel, hints: Mapping[sympy.Symbol, int], warps: int | None = None) -> Launch:
+    """The cut of ``kernel`` at the size hints. Members of a batch get the batch's ``warps``; a batch itself has no cut.
 
     Raises:
         CompilerBug: a kernel form that fusion does not emit.
     """
-    shape = shape_of(kernel)
+    if is_batch(kernel):
+        return Launch(0, 0, False, BATCH_WARPS)
+    cut = _cut(shape_of(kernel), hints)
+    return cut if warps is None else replace(cut, num_warps=warps)
+
+
+def _cut(shape: Shape, hints: Mapping[sympy.Symbol, int]) -> Launch:
     outer = _extent(shape.outer, hints)
     if shape.inner is None:
         _, block, warps = next(rule for rule in FLAT if outer <= rule[0])

@@ -29,6 +29,7 @@ class DType(Enum):
     BOOL = "bool"
     C64 = "c64"
     C128 = "c128"
+    U64 = "u64"
 
     @property
     def torch(self) -> TorchDType:
@@ -59,6 +60,11 @@ class DType(Enum):
         return self in (DType.C64, DType.C128)
 
     @property
+    def library_only(self) -> bool:
+        """No loop computes with it: library calls make it and take it (attention's random state is a u64)."""
+        return self.is_complex or self is DType.U64
+
+    @property
     def compute(self) -> DType:
         """The type arithmetic on this type is carried out in."""
         return DType.F32 if self.is_low_precision else self
@@ -82,6 +88,7 @@ _TO_TORCH: dict[DType, TorchDType] = {
     DType.BOOL: torch.bool,
     DType.C64: torch.complex64,
     DType.C128: torch.complex128,
+    DType.U64: torch.uint64,
 }
 _FROM_TORCH = {t: d for d, t in _TO_TORCH.items()}
 

@@ -15,7 +15,7 @@ from dcompile.lower.table import NoRule, rule
 
 def _filled(b: Lowering, value: Any) -> Value:
     out = b.out
-    if out.dtype.is_complex:
+    if out.dtype.library_only:
         raise NoRule
     if isinstance(value, Value):
         return b.pointwise(out, b.element(value, out.shape))

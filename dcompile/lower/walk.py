@@ -169,7 +169,7 @@ class _Walker:
             return found  # a sub-graph; its user is refused by name
         meta = node.meta.get("val", found)
         value = self.lowering.value(self.names[node], meta)
-        if found.numel() == 1 and not value.dtype.is_complex and type(found) in (torch.Tensor, torch.nn.Parameter):
+        if found.numel() == 1 and not value.dtype.library_only and type(found) in (torch.Tensor, torch.nn.Parameter):
             number = node.meta[SCALAR] if SCALAR in node.meta else found.item()
             return self.lowering.pointwise(value, ex.const(number, value.dtype))
         self.constants.append((value, found))
@@ -380,7 +380,7 @@ class _Walker:
         """Whether the operands are of kinds the rule can handle."""
         outs = [out for out in self.lowering.outs if out is not None]
         operands = [*_values(args), *_values(tuple(kwargs.values())), *outs]
-        if not rule.any_dtype and any(v.dtype.is_complex for v in operands):
+        if not rule.any_dtype and any(v.dtype.library_only for v in operands):
             return False
         return rule.any_device or len({v.device for v in operands}) <= 1
 

@@ -29,7 +29,7 @@ GROUPS = 4
 """Processes the interpreted cases are divided among: each imports torch and Triton, as long as its cases take."""
 
 FORMS = ("softmax", "softmax_looped", "dynamic", "columns", "columns_looped", "argmax_f32", "any", "stored_looped",
-         "full", "gather", "padded", "atomic_f32", "randn", "to_bf16", "ops_bool")  # fmt: skip
+         "full", "batch", "gather", "padded", "atomic_f32", "randn", "to_bf16", "ops_bool")  # fmt: skip
 
 
 @pytest.mark.parametrize("group", range(GROUPS))
@@ -64,6 +64,16 @@ def test_identical_kernels_are_printed_once() -> None:
     assert len(module.signatures) == 1
     assert module.calls[0].function == module.calls[1].function
     assert module.calls[0].buffers != module.calls[1].buffers
+
+
+def test_a_batch_divides_its_programs_and_prints_equal_members_once() -> None:
+    module = module_of(CASES["batch"]())
+    (signature,) = module.signatures.values()
+    text = module.source
+    assert text.count("_part0(") == 1 + 2
+    assert "_part4(" not in text
+    assert text.count("program <") == 5
+    assert int(signature.programs) == int(text.rsplit("program < ", 1)[1].split(":")[0])
 
 
 def test_cpu_kernels_are_left_to_the_cpu_printer() -> None:

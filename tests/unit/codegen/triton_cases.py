@@ -19,6 +19,7 @@ from dcompile.ir.kernel import Accumulator, Fold, Kernel, Nest, Write
 from dcompile.ir.nodes import Ref
 from dcompile.ir.ops import OPS
 from dcompile.ir.types import DType, Value
+from dcompile.schedule.batch import batch_kernels
 from dcompile.schedule.fuse import fuse
 from tests.unit.codegen.kernels import (
     BF16,
@@ -188,6 +189,25 @@ def fused_case(text: str, seed: int = 0, integers: int = 4, launch: Launch | Non
     return Case(on_cuda(graph), inputs, 1e-5, launches)
 
 
+def batched_case(text: str) -> Case:
+    """A LOOPS graph on the GPU whose kernels have come together in batches."""
+    graph = batch_kernels(fuse(parse_graph(text).check(), context()), context()).check()
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(tuple(int(n) for n in v.shape), v.dtype.torch) for v in graph.inputs if isinstance(v, Value)]
+    return Case(graph, [torch.randn(shape, generator=generator).to(dtype) for shape, dtype in shapes], 1e-2)
+
+
+BATCH = """
+graph f(a: f32[700]@cuda, b: f32[5, 40]@cuda, c: f32[300]@cuda, d: f32[37, 20]@cuda, e: f32[700]@cuda) {
+  p: bf16[700]@cuda = pointwise (i0: 700) to_bf16(a[i0])
+  q: f32[5]@cuda = reduce sum (i0: 5; r0: 40) b[i0, r0]
+  r: bf16[300]@cuda = pointwise (i0: 300) to_bf16(c[i0])
+  s: f32[20]@cuda = reduce sum (i0: 20; r0: 37) d[r0, i0]
+  t: bf16[700]@cuda = pointwise (i0: 700) to_bf16(e[i0])
+  return %p, %q, %r, %s, %t
+}"""
+"""Flat members, two of them alike, rows and columns in one launch."""
+
 LAYER_NORM = """
 graph f(x: f32[5, 48], w: f32[48]) {
   s: f32[5] = reduce sum (i0: 5; r0: 48) x[i0, r0]
@@ -315,6 +335,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "stored_looped": lambda: fused_case(STORED, launch=LOOPED),
     "full": lambda: fused_case(FULL),
     "full_looped": lambda: fused_case(FULL, launch=replace(LOOPED, block=1)),
+    "batch": lambda: batched_case(BATCH),
     "transposed": lambda: fused_case(TRANSPOSED),
     "gather": gather_case,
     "padded": padded_case,
