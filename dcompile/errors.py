@@ -59,3 +59,7 @@ class Divergence(DCompileError):
 
 class DeadlineExceeded(DCompileError):
     """Another rank did not answer in time; names the rank, what was awaited and for how many seconds."""
+
+
+class PeerGone(DCompileError):
+    """Another rank ended, or the store did, while it was still needed; names it and its last words."""

@@ -33,6 +33,9 @@ class Options:
         bucket_bytes: largest gradient bucket one all-reduce carries, in bytes; None lets the cost model choose.
         in_flight_bytes: most bytes of collectives in flight at once.
         deadline_s: longest wait on another rank, in seconds.
+        flight_dir: folder that receives each rank's flight recorder when a collective does not end; None for none.
+        progress_dir: folder in which each rank says what it is compiling, for the launcher; None for none.
+        compile_once: one rank compiles a program and the others load it.
         verify_cross_rank: exchange plan fingerprints between ranks before the first launch.
         cxx: C++ compiler command; None searches ``$CXX``, ``g++``, ``clang++``.
         timeline: record start and end of every step at run time.
@@ -47,6 +50,9 @@ class Options:
     bucket_bytes: int | None = None
     in_flight_bytes: int = 256 * 2**20
     deadline_s: float = 300.0
+    flight_dir: Path | None = None
+    progress_dir: Path | None = None
+    compile_once: bool = True
     verify_cross_rank: bool = True
     cxx: str | None = None
     timeline: bool = False
@@ -95,7 +101,7 @@ def _typed(name: str, value: Any) -> Any:
     """``value`` in the type of the option: any collection of names, any spelling of a path."""
     if name in ("eager_ops", "skip", "show"):
         return frozenset({value} if isinstance(value, str) else value)
-    if name in ("cache_dir", "dump_dir"):
+    if name in ("cache_dir", "dump_dir", "flight_dir", "progress_dir"):
         return None if value is None else Path(value)
     return value
 
@@ -104,13 +110,13 @@ def _parse(name: str, text: str, variable: str) -> Any:
     try:
         if name in ("eager_ops", "skip", "show"):
             return frozenset(part.strip() for part in text.split(",") if part.strip())
-        if name == "dump_dir":
+        if name in ("dump_dir", "flight_dir", "progress_dir"):
             return Path(text)
         if name in ("bucket_bytes", "in_flight_bytes"):
             return int(text)
         if name == "deadline_s":
             return float(text)
-        if name in ("verify_cross_rank", "timeline", "cuda_graphs"):
+        if name in ("verify_cross_rank", "timeline", "cuda_graphs", "compile_once"):
             return {"0": False, "1": True, "false": False, "true": True}[text.lower()]
         return text
     except (ValueError, KeyError):

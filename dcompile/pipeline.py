@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import warnings
 from collections import Counter
@@ -35,7 +34,7 @@ from dcompile.ir.nodes import Extern, Node, Pack, Pointwise, Reduction, Store, V
 from dcompile.ir.symbolic import is_check
 from dcompile.ir.types import Value
 from dcompile.lower import Extra, Lowered, SizeOf, lower
-from dcompile.options import Options
+from dcompile.options import Options, process_rank
 from dcompile.plan import Plan
 from dcompile.runtime.cache import Cache, cache_key
 from dcompile.runtime.comm import group_size
@@ -45,12 +44,17 @@ from dcompile.runtime.compiled import (
     Facts,
     Graphing,
     Loaded,
+    build_and_share,
     fetch_and_load,
     load_entry,
+    own_sources,
+    receive_or,
     settle,
     write_entry,
     write_gpu_kernels,
 )
+from dcompile.runtime.once import meeting_place
+from dcompile.runtime.progress import report_progress
 from dcompile.runtime.toolchain import Arity, compiler_fingerprint, probe
 from dcompile.runtime.triton_kernels import triton_fingerprint
 from dcompile.schedule.batch import batch_kernels
@@ -200,6 +204,8 @@ def compile_graph(gm: fx.GraphModule, name: str, options: Options, graphing: Gra
     TALLY.add(graphs=1)
     if options.dump_dir is not None:
         watch.text("capture", gm.print_readable(print_output=False), "py")
+    if options.progress_dir is not None:
+        report_progress(options.progress_dir, process_rank(), lambda: TALLY.snapshot().stage)
     with watch.stage("lower"):
         lowered = lower(gm, name.rstrip("0123456789"), options.eager_ops, group_size)
     if reason := _why_no_kernels(lowered.graph, options):
@@ -213,6 +219,37 @@ def compile_graph(gm: fx.GraphModule, name: str, options: Options, graphing: Gra
         ready: Future[Loaded] = Future()
         ready.set_result(found)
         return Built(name, CompiledGraph(name, ready, lowered.group_names, complete, options, graphing))
+    place = meeting_place(cache) if options.compile_once else None
+    sharing = place.join(key) if place is not None else None
+    if place is not None and sharing is None:
+        here = partial(_compile_here, lowered, name, options, watch, cache, key, graphing)
+        arrived = partial(_count, graphing=graphing, hits=1)
+        coming = receive_or(place, key, cache, options.deadline_s, arrived, here)
+        return Built(name, CompiledGraph(name, coming, lowered.group_names, complete, options, graphing))
+    try:
+        made = _print(lowered, name, options, watch)
+    except BaseException:
+        if sharing is not None:
+            sharing.finish(None)
+        raise
+    _count(made.facts, graphing, misses=1)
+    building = _builders().submit(build_and_share, cache, key, made.write, sharing)
+    run = CompiledGraph(name, building, lowered.group_names, complete, options, graphing)
+    return Built(name, run, made.plan, made.module, made.host, dict(watch.seconds))
+
+
+@dataclass(frozen=True)
+class _Printed:
+    """A program as text; ``write`` fills its cache entry, with the compilers of the kernels."""
+
+    plan: Plan
+    module: CppModule
+    host: str
+    facts: Facts
+    write: Callable[[Path], None]
+
+
+def _print(lowered: Lowered, name: str, options: Options, watch: Watch) -> _Printed:
     plan = run_passes(lowered.graph, _context(lowered, options), watch)
     with watch.stage("codegen"):
         module, gpu = print_cpp(plan.graph), print_triton(plan.graph)
@@ -220,16 +257,22 @@ def compile_graph(gm: fx.GraphModule, name: str, options: Options, graphing: Gra
     watch.code(gpu.source or module.source, host)
     facts = _facts(plan, module, gpu)
 
-    def build(folder: Path) -> None:
+    def write(folder: Path) -> None:
         with TALLY.timed("c++ compiler"):
             write_entry(folder, host, module.source, facts, options.cxx)
         with TALLY.timed("triton compiler"):
             write_gpu_kernels(folder, gpu.source, gpu.signatures)
 
-    _count(facts, graphing, misses=1)
-    building = _builders().submit(fetch_and_load, cache, key, build)
-    run = CompiledGraph(name, building, lowered.group_names, complete, options, graphing)
-    return Built(name, run, plan, module, host, dict(watch.seconds))
+    return _Printed(plan, module, host, facts, write)
+
+
+def _compile_here(
+    lowered: Lowered, name: str, options: Options, watch: Watch, cache: Cache, key: str, graphing: Graphing | None
+) -> Loaded:
+    """What a rank does that waited for another rank in vain."""
+    made = _print(lowered, name, options, watch)
+    _count(made.facts, graphing, misses=1)
+    return fetch_and_load(cache, key, made.write)
 
 
 MAX_BUILDS = 4
@@ -271,21 +314,11 @@ def _key(lowered: Lowered, options: Options) -> str:
         print_graph(lowered.graph),
         options.affects_code(),
         options.timeline,
-        _own_sources(),
+        own_sources(),
         torch.__version__,
         compiler_fingerprint(options.cxx) if "cpu" in _loop_devices(lowered.graph) else None,
         triton_fingerprint() if "cuda" in _devices(lowered.graph) else None,
     )
-
-
-@lru_cache(maxsize=1)
-def _own_sources() -> str:
-    """A digest of this package's files, so that a changed compiler does not meet old programs."""
-    digest = hashlib.sha256()
-    root = Path(__file__).parent
-    for path in sorted((*root.rglob("*.py"), *root.rglob("*.h"))):
-        digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
-    return digest.hexdigest()
 
 
 def _facts(plan: Plan, module: CppModule, gpu: TritonModule) -> Facts:

@@ -11,13 +11,15 @@ import json
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from datetime import timedelta
+from functools import partial
 from typing import Protocol
 
 import torch.distributed as dist
 
-from dcompile.errors import CompilerBug, DeadlineExceeded, Divergence
-from dcompile.runtime.comm import SHORTEST_WAIT_S, Team
+from dcompile.errors import CompilerBug, DCompileError, DeadlineExceeded, Divergence, PeerGone
+from dcompile.runtime.board import Board, Lookout, at_new_world, board, own_connection
+from dcompile.runtime.comm import Team
+from dcompile.runtime.waits import Notice
 
 PREFIX = "dcompile/agree"
 LINE_DIGEST_CHARS = 16
@@ -30,13 +32,18 @@ class Store(Protocol):
 
     def get(self, key: str, /) -> bytes: ...
 
-    def wait(self, keys: list[str], timeout: timedelta, /) -> None: ...
-
     def check(self, keys: list[str], /) -> bool: ...
 
 
 _made: Counter[str] = Counter()
 _agreed: dict[str, set[str]] = {}
+
+
+@at_new_world
+def forget() -> None:
+    """What was agreed with the ranks of a former process group does not bind those of a new one."""
+    _made.clear()
+    _agreed.clear()
 
 
 def next_key(group: str) -> str:
@@ -70,18 +77,37 @@ def agree_on(teams: Mapping[str, Team], graph: str, fingerprint: str, lines: Seq
     Launches a group has agreed on before are not asked about again: every rank of the group knows them, so a rank that
     recompiles alone (for its own batch size, say) into the same launches does not wait for the others.
     """
+    here = board()
     for label in sorted(teams):
         team = teams[label]
         group = str(team.process_group.group_name)
         known = _agreed.setdefault(group, set())
         if team.size > 1 and fingerprint not in known:
             key = f"{graph}/{next_key(group)}"
-            agree(fingerprint, lines, group_store(team.process_group), team.rank, team.size, deadline_s, key)
+            store = own_connection(group_store(team.process_group), deadline_s)
+            lookout = Lookout(here, partial(_notice, graph, group, team.place.ranks, lines))
+            if here is not None:
+                here.moves_on()
+                here.agreed[group] = _made[group]
+            agree(fingerprint, lines, store, team.rank, team.size, deadline_s, key, lookout)
             known.add(fingerprint)
 
 
+def _notice(graph: str, group: str, members: Sequence[int], lines: Sequence[str], here: Board) -> Notice:
+    collectives = [line for line in lines if "(" in line.split("  # ")[0]]
+    first = f", whose first collective is {collectives[0].strip()}," if collectives else ""
+    return here.blocked("agrees", f"{graph}{first}", group, here.agreed[group], members)
+
+
 def agree(
-    fingerprint: str, lines: Sequence[str], store: Store, rank: int, world: int, deadline_s: float, key: str
+    fingerprint: str,
+    lines: Sequence[str],
+    store: Store,
+    rank: int,
+    world: int,
+    deadline_s: float,
+    key: str,
+    lookout: Lookout | None = None,
 ) -> None:
     """Return when all ranks have come with the same ``fingerprint``.
 
@@ -93,13 +119,15 @@ def agree(
         deadline_s: longest wait for the others, in seconds.
         key: ``graph/number``; the number is unique to this agreement and the same on all ranks, the graph's name is for
             messages and may differ.
+        lookout: sees when the others cannot come any more.
 
     Raises:
         Divergence: on every rank, naming who differs and the first differing line.
         DeadlineExceeded: naming the ranks that did not come.
+        PeerGone: a rank has left, or the store does not answer.
     """
     until = time.monotonic() + deadline_s
-    exchange = _Exchange(store, rank, world, until, deadline_s, key)
+    exchange = _Exchange(store, rank, world, until, deadline_s, key, lookout or Lookout(None, _nobody))
     prints = exchange.all("fingerprint", fingerprint)
     if len(set(prints)) == 1:
         return
@@ -134,32 +162,51 @@ def _describe(key: str, prints: Sequence[str], line: int, texts: Sequence[str], 
     return "\n".join(parts)
 
 
+def _nobody(_: Board) -> Notice:
+    raise CompilerBug("there is no board to post on")
+
+
+FIRST_POLL_S, LONGEST_POLL_S = 0.001, 0.1
+"""Between two questions to the store: short for ranks that come together, seldom for those that wait for a compile."""
+
+
 class _Exchange:
     """Every rank publishes a value and reads everybody's."""
 
-    def __init__(self, store: Store, rank: int, world: int, until: float, deadline_s: float, key: str) -> None:
+    def __init__(
+        self, store: Store, rank: int, world: int, until: float, deadline_s: float, key: str, lookout: Lookout
+    ) -> None:
         self._store, self._rank, self._world = store, rank, world
-        self._until, self._deadline_s, self._key = until, deadline_s, key
+        self._until, self._deadline_s, self._key, self._lookout = until, deadline_s, key, lookout
 
     def all(self, topic: str, value: str) -> list[str]:
         """The values of all ranks in rank order."""
         number = self._key.rpartition("/")[2]
         keys = [f"{PREFIX}/{number}/{topic}/{rank}" for rank in range(self._world)]
-        self._store.set(keys[self._rank], value)
-        left = timedelta(seconds=max(self._until - time.monotonic(), SHORTEST_WAIT_S))
         try:
-            self._store.wait(keys, left)
+            self._store.set(keys[self._rank], value)
+            self._wait(keys)
+            return [self._store.get(key).decode() for key in keys]
+        except DCompileError:
+            raise
         except RuntimeError as error:
-            missing = [rank for rank, key in enumerate(keys) if not self._has(key)]
-            raise DeadlineExceeded(
-                f"rank {self._rank}: rank{'s' if len(missing) != 1 else ''} {', '.join(map(str, missing)) or '?'} "
-                f"did not come with a program for {self._key.split('/')[0]} within {self._deadline_s:g} s; "
-                "every rank must compile it, equally often"
+            raise PeerGone(
+                f"rank {self._rank}: the store does not answer while ranks agree on {self._key.split('/')[0]}: the "
+                f"process that hosts it (rank 0, or the launcher) has ended or stands still ({error})"
             ) from error
-        return [self._store.get(key).decode() for key in keys]
+        finally:
+            self._lookout.done()
 
-    def _has(self, key: str) -> bool:
-        try:
-            return self._store.check([key])
-        except RuntimeError:
-            return False
+    def _wait(self, keys: list[str]) -> None:
+        pause = FIRST_POLL_S
+        while not self._store.check(keys):
+            if time.monotonic() >= self._until:
+                missing = [rank for rank, key in enumerate(keys) if not self._store.check([key])]
+                raise DeadlineExceeded(
+                    f"rank {self._rank}: rank{'s' if len(missing) != 1 else ''} {', '.join(map(str, missing)) or '?'} "
+                    f"did not come with a program for {self._key.split('/')[0]} within {self._deadline_s:g} s; "
+                    f"every rank must compile it, equally often\n{self._lookout.report(missing)}".rstrip()
+                )
+            self._lookout.look()
+            time.sleep(min(pause, max(self._until - time.monotonic(), 0.0)))
+            pause = min(1.5 * pause, LONGEST_POLL_S)

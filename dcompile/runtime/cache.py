@@ -17,6 +17,7 @@ import shutil
 import stat
 import tempfile
 import time
+import uuid
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -27,6 +28,7 @@ from dcompile.errors import CacheError
 from dcompile.runtime.trust import why_not_ours, why_replaceable
 
 META = "meta.json"
+IDENTITY = "identity"
 VERSION = 1
 MAX_BYTES = 4 * 2**30
 """Least recently used entries go when the folder is larger; a large model's program is about 10 MB."""
@@ -80,6 +82,21 @@ class Cache:
     max_bytes: int = MAX_BYTES
     counters: CacheCounters = field(default_factory=CacheCounters)
     _warned: set[str] = field(default_factory=set)
+
+    def identity(self) -> str:
+        """A text that this folder alone has, also as seen from other machines; "" if there is none to share."""
+        if self.folder is None:
+            return ""
+        try:
+            path = _safe_folder(self.folder) / IDENTITY
+            if not path.exists():
+                with tempfile.NamedTemporaryFile("w", dir=path.parent) as fresh, suppress(FileExistsError):
+                    fresh.write(uuid.uuid4().hex)
+                    fresh.flush()
+                    os.link(fresh.name, path)
+            return path.read_text()
+        except (OSError, _Unusable):
+            return ""
 
     def find(self, key: str) -> Path | None:
         """The folder of the entry ``key`` if it is there and can be trusted. Builds nothing, waits for nobody."""

@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cached_property, partial
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -18,7 +20,12 @@ import torch.distributed as dist
 
 from dcompile.errors import CompilerBug, DCompileError, DeadlineExceeded, Unsupported
 from dcompile.runtime import flat as fl
+from dcompile.runtime.board import Board, Lookout, board
+from dcompile.runtime.flights import FLIGHTS, Flight, Place
 from dcompile.runtime.kinds import LAUNCHES, Launched, Request
+from dcompile.runtime.last_words import end_with
+from dcompile.runtime.waits import Notice
+from dcompile.runtime.watchdog import watch_cuda
 
 
 class Handle(Launched):
@@ -30,9 +37,10 @@ class Handle(Launched):
         on_cuda: waiting orders the current stream instead of blocking the host.
         until_s: ``time.monotonic()`` at the end of its first wait's deadline; None before the first wait.
         abandoned: it failed, so nobody knows when its buffers are free; they are kept for the life of the process.
+        flight: its record, with its number in the group.
     """
 
-    __slots__ = ("abandoned", "group", "name", "on_cuda", "until_s")
+    __slots__ = ("abandoned", "flight", "group", "name", "on_cuda", "until_s")
 
     def __init__(self, name: str, group: str) -> None:
         super().__init__()
@@ -41,6 +49,7 @@ class Handle(Launched):
         self.on_cuda = False
         self.until_s: float | None = None
         self.abandoned = False
+        self.flight: Flight | None = None
 
     def done(self) -> None:
         """Forget everything that was kept for the flight."""
@@ -83,6 +92,12 @@ class Team:
     rank: int
     size: int
 
+    @cached_property
+    def place(self) -> Place:
+        """What the flight recorder notes of the group."""
+        name, backend = str(self.process_group.group_name), str(dist.get_backend(self.process_group))
+        return Place(name, backend, dist.get_process_group_ranks(self.process_group))
+
 
 def find_group(name: Any) -> dist.ProcessGroup:
     """The process group called ``name``; a ``ProcessGroup`` is returned as it is.
@@ -123,11 +138,13 @@ class TorchComm:
     Args:
         groups: process group, or its name, of each group label of the program.
         deadline_s: longest wait for one collective, in seconds. On CUDA a wait only orders the stream and the process
-            group's own timeout applies.
+            group's own timeout applies, and the watchdog's.
+        flight_dir: folder that receives the flight recorder's dump when a collective does not end; None for none.
     """
 
-    def __init__(self, groups: Mapping[str, Any], deadline_s: float) -> None:
+    def __init__(self, groups: Mapping[str, Any], deadline_s: float, flight_dir: Path | None = None) -> None:
         self.deadline_s = deadline_s
+        self.flight_dir = flight_dir
         self.teams: dict[str, Team] = {}
         for label, name in groups.items():
             group = find_group(name)
@@ -167,6 +184,9 @@ class TorchComm:
         handle.keep = (sources, results)
         handle.on_cuda = any(t.is_cuda for t in sources)
         request = Request(team.process_group, team.rank, team.size, reduction, root, in_place)
+        if (here := board()) is not None:
+            here.moves_on()
+        handle.flight = FLIGHTS.launch(kind, name, team.place, (sources, results))
         try:
             parts = _by_dtype(sources)
             if reduction is not None:
@@ -219,25 +239,62 @@ class TorchComm:
         return ended
 
     def _wait_until(self, handle: Handle, until: float) -> None:
-        team = self.teams[handle.group]
+        lookout = Lookout(board(), partial(self._notice, handle))
         try:
             for work in handle.works:
                 if handle.on_cuda:
                     work.wait()
                 else:
-                    work.wait(timedelta(seconds=max(until - time.monotonic(), SHORTEST_WAIT_S)))
+                    _wait_on_host(work, until, lookout)
+        except DCompileError as error:
+            raise self._lost(handle, error) from None
         except RuntimeError as error:
-            _abandon(handle)
-            who = f"rank {dist.get_rank()}: {handle.name} on group {_who(team)}"
-            if "timed out" in str(error).lower() or "timeout" in str(error).lower():
-                raise DeadlineExceeded(
-                    f"{who} did not end within {self.deadline_s:g} s; "
-                    "another rank is late, has stopped or runs another program"
-                ) from error
-            raise DCompileError(f"{who} failed, probably because another rank ended: {error}") from error
+            raise self._lost(handle, self._failure(handle, lookout, error)) from error
+        finally:
+            lookout.done()
         for step in handle.finish:
             step()
+        if handle.flight is not None:
+            if handle.on_cuda:
+                watch_cuda(handle.flight, self.deadline_s, self.flight_dir)
+            else:
+                FLIGHTS.end(handle.flight)
         handle.done()
+
+    def _notice(self, handle: Handle, here: Board) -> Notice:
+        assert handle.flight is not None, "it has been launched"
+        return here.blocked("waits", handle.name, handle.flight.group, handle.flight.number, handle.flight.ranks)
+
+    def _failure(self, handle: Handle, lookout: Lookout, error: RuntimeError) -> DCompileError:
+        """What a failed wait means, with what is known of the other ranks."""
+        team = self.teams[handle.group]
+        number = f", number {handle.flight.number} there," if handle.flight is not None else ""
+        who = f"rank {dist.get_rank()}: {handle.name} on group {_who(team)}{number}"
+        known = lookout.report(team.place.ranks)
+        if "timed out" in str(error).lower() or "timeout" in str(error).lower():
+            late = "another rank is late, has stopped or runs another program"
+            return DeadlineExceeded(f"{who} did not end within {self.deadline_s:g} s; {late}\n{known}".rstrip())
+        return DCompileError(f"{who} failed, probably because another rank ended: {error}\n{known}".rstrip())
+
+    def _lost(self, handle: Handle, error: DCompileError) -> DCompileError:
+        """The memory of ``handle`` is kept, the recorder is dumped, and the process will not outlive ``error``."""
+        _abandon(handle)
+        if handle.flight is not None:
+            FLIGHTS.end(handle.flight, failed=True)
+        return end_with(error, self.flight_dir)
+
+
+def _wait_on_host(work: Any, until: float, lookout: Lookout) -> None:
+    """Wait for ``work``, with a look at the other ranks now and then."""
+    while True:
+        now = time.monotonic()
+        try:
+            work.wait(timedelta(seconds=max(min(until - now, lookout.seconds()), SHORTEST_WAIT_S)))
+            return
+        except RuntimeError as error:  # a backend that gives up by itself has another text
+            if not str(error).startswith("Operation timed out") or time.monotonic() >= until:
+                raise
+        lookout.look()
 
 
 SHORTEST_WAIT_S = 0.001

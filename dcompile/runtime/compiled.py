@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import threading
@@ -9,17 +10,20 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dcompile.errors import ToolchainError
+from dcompile.errors import DeadlineExceeded, Divergence, PeerGone, ToolchainError
 from dcompile.options import Options
 from dcompile.runtime.agree import agree_on
 from dcompile.runtime.cache import Cache
 from dcompile.runtime.comm import TorchComm
 from dcompile.runtime.cuda_graphs import CudaGraphDevice, GraphedProgram
+from dcompile.runtime.last_words import end_with
+from dcompile.runtime.once import Building, Place
 from dcompile.runtime.program import Executable
 from dcompile.runtime.timeline import RECORDER
 from dcompile.runtime.toolchain import Arity, compile_shared, load_functions
@@ -138,19 +142,86 @@ def fetch_and_load(cache: Cache, key: str, build: Callable[[Path], None]) -> Loa
         return load_entry(cache.fetch(key, build))
 
 
+def build_and_share(cache: Cache, key: str, build: Callable[[Path], None], sharing: Building | None) -> Loaded:
+    """``fetch_and_load``, whose entry the ranks that wait for it get too."""
+    loaded: Loaded | None = None
+    try:
+        loaded = fetch_and_load(cache, key, build)
+        return loaded
+    finally:
+        if sharing is not None:
+            sharing.finish(loaded.folder if loaded is not None else None)
+
+
+def receive_or(
+    place: Place,
+    key: str,
+    cache: Cache,
+    deadline_s: float,
+    arrived: Callable[[Facts], None],
+    otherwise: Callable[[], Loaded],
+) -> Future[Loaded]:
+    """The program that another rank builds, or what ``otherwise`` compiles here if that fails.
+
+    It has a thread of its own: in a pool, ranks that wait for each other's programs could fill the pool with waits.
+
+    Args:
+        arrived: told of a program that came from the other rank.
+    """
+    result: Future[Loaded] = Future()
+
+    def get() -> Loaded:
+        entry = place.receive(key, cache, deadline_s)
+        if entry is not None:
+            with contextlib.suppress(*VANISHED):
+                loaded = load_entry(entry)
+                arrived(loaded.facts)
+                return loaded
+        return otherwise()
+
+    def main() -> None:
+        try:
+            result.set_result(get())
+        except BaseException as error:
+            result.set_exception(error)
+
+    threading.Thread(target=main, name="dcompile-receive", daemon=True).start()
+    return result
+
+
+@lru_cache(maxsize=1)
+def own_sources() -> str:
+    """A digest of this package's files, so that a changed compiler does not meet old programs, nor other ranks."""
+    digest = hashlib.sha256()
+    root = Path(__file__).parent.parent
+    for path in sorted((*root.rglob("*.py"), *root.rglob("*.h"))):
+        digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def made_by() -> str:
+    """The line of the compiler itself among those ranks compare."""
+    return f"compiled by dcompile {own_sources()[:12]} with torch {torch.__version__}"
+
+
 def settle(name: str, groups: Mapping[str, Any], lines: Sequence[str], options: Options) -> TorchComm | None:
     """The communicator of a program whose ranks have agreed on ``lines``; None for a program without collectives.
 
     Raises:
         Divergence: another rank launches something else.
         DeadlineExceeded: another rank does not come.
+        PeerGone: another rank has ended.
         Unsupported: a group does not exist on this rank.
     """
     if not groups:
         return None
-    communicator = TorchComm(groups, options.deadline_s)
+    communicator = TorchComm(groups, options.deadline_s, options.flight_dir)
     if options.verify_cross_rank:
-        agree_on(communicator.teams, name, fingerprint(lines), lines, options.deadline_s)
+        lines = (made_by(), *lines)
+        try:
+            agree_on(communicator.teams, name, fingerprint(lines), lines, options.deadline_s)
+        except (Divergence, DeadlineExceeded, PeerGone) as error:
+            raise end_with(error, options.flight_dir) from error.__cause__
     return communicator
 
 

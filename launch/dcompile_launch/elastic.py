@@ -13,7 +13,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from dcompile_launch import compiling
 from dcompile_launch.inplace import LaunchError
+from dcompile_launch.merged import merged
+from dcompile_launch.rank import memory_nodes, share
 
 CPU_RANKS = 2
 """Ranks that ``--nproc auto`` starts on a machine without GPUs: the fewest that communicate."""
@@ -21,15 +24,23 @@ CPU_RANKS = 2
 CHAINED = ("During handling of the above exception", "The above exception was the direct cause")
 """How Python introduces the next of several chained tracebacks."""
 
+MEANINGS = {
+    90: "a collective or another rank did not come in time",
+    91: "ranks launched or compiled different things",
+    92: "another rank ended while it was needed",
+    93: "a collective failed",
+}
+"""Exit codes that compiled programs end with (``dcompile.runtime.last_words``)."""
+
 TAIL_LINES = 20
 """Lines of standard error shown for a rank that ended without a traceback: one screen."""
 
 
-def local_devices() -> int:
-    """Ranks this machine is good for: its CUDA devices, or ``CPU_RANKS``."""
+def local_gpus() -> int:
+    """CUDA devices of this machine."""
     import torch
 
-    return torch.cuda.device_count() or CPU_RANKS
+    return torch.cuda.device_count()
 
 
 @dataclass(frozen=True)
@@ -43,7 +54,11 @@ class Job:
         nnodes: machines.
         rendezvous: ``host:port`` where machines meet; None on one machine, where a free port is taken.
         job_id: name shared by all machines of the job.
-        log_dir: folder that keeps every rank's output; None keeps it only while the job runs.
+        log_dir: folder that keeps every rank's output, in files of its own and merged, and what its flight recorder
+            held when a collective did not end; None keeps output only while the job runs.
+        max_restarts: how often the ranks of all machines are started again after one of them has failed.
+        pin: how ranks are tied to cores, see ``rank.share``.
+        gpus: devices of this machine; each rank's is made its current one.
 
     Raises:
         LaunchError: several machines, but no rendezvous or no job id.
@@ -56,10 +71,15 @@ class Job:
     rendezvous: str | None = None
     job_id: str | None = None
     log_dir: Path | None = None
+    max_restarts: int = 0
+    pin: str = "auto"
+    gpus: int = 0
 
     def __post_init__(self) -> None:
         if self.nnodes < 1:
             raise LaunchError(f"--nnodes {self.nnodes}: expected a positive number")
+        if self.max_restarts < 0:
+            raise LaunchError(f"--max-restarts {self.max_restarts}: expected 0 or more")
         if self.nnodes > 1 and not (self.rendezvous and self.job_id):
             raise LaunchError(f"--nnodes {self.nnodes} needs --rendezvous HOST:PORT and --job-id NAME on every machine")
 
@@ -67,18 +87,37 @@ class Job:
         """``OMP_NUM_THREADS`` of each rank: the value already set, else this process's cores shared evenly."""
         return environment.get("OMP_NUM_THREADS") or str(max(1, len(os.sched_getaffinity(0)) // self.nproc))
 
+    @property
+    def command(self) -> tuple[str, ...]:
+        """What each rank runs. A rank that is to be placed goes through ``dcompile_launch.rank``."""
+        several_nodes = len(memory_nodes(sorted(os.sched_getaffinity(0)))) > 1
+        placed = self.gpus > 0 or self.pin == "cores" or (self.pin == "auto" and several_nodes)
+        way = ("-m", "dcompile_launch.rank", self.pin) if placed else ()
+        return (sys.executable, "-u", *way, self.script, *self.args)
+
     def describe(self) -> str:
         """The job in words, for ``--dry-run``."""
         meeting = f"at {self.rendezvous}, job {self.job_id}" if self.rendezvous else "on this machine, at a free port"
         return "\n".join(
             (
                 f"start    {self.nproc} ranks on this machine, {self.nproc * self.nnodes} in all",
-                f"command  {shlex.join([sys.executable, '-u', self.script, *self.args])}",
+                f"command  {shlex.join(self.command)}",
                 f"threads  OMP_NUM_THREADS={self.threads(os.environ)} each",
+                f"place    {self._places()}",
                 f"meet     {meeting}",
                 f"logs     {self.log_dir or 'not kept'}",
+                f"restarts {self.max_restarts}",
             )
         )
+
+    def _places(self) -> str:
+        nodes = memory_nodes(sorted(os.sched_getaffinity(0)))
+        shares = [share(self.pin, rank, self.nproc, nodes) for rank in range(self.nproc)]
+        cores = [f"{cores[0]}-{cores[-1]}" for cores in shares if cores]
+        pinned = f"cores {', '.join(cores)}" if cores else "any core"
+        if self.gpus >= self.nproc:
+            return f"{pinned}; GPUs 0 to {self.nproc - 1}"
+        return f"{pinned}; no GPU of their own"
 
 
 def launch(job: Job) -> int:
@@ -101,6 +140,10 @@ def _launch(job: Job, log_dir: Path) -> int:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     os.environ["OMP_NUM_THREADS"] = job.threads(os.environ)
+    progress = Path(os.environ.setdefault(compiling.VARIABLE, str(log_dir / "compiling")))
+    progress.mkdir(parents=True, exist_ok=True)
+    if job.log_dir is not None:
+        os.environ.setdefault("DCOMPILE_FLIGHT_DIR", str(log_dir / "flights"))
     run_id = job.job_id or uuid.uuid4().hex
     config = LaunchConfig(
         min_nodes=job.nnodes,
@@ -109,14 +152,15 @@ def _launch(job: Job, log_dir: Path) -> int:
         run_id=run_id,
         rdzv_backend="c10d",
         rdzv_endpoint=job.rendezvous or "localhost:0",
-        max_restarts=0,
+        max_restarts=job.max_restarts,
         local_addr=None if job.rendezvous else "localhost",
         # Standard output stays the terminal's, so that progress bars work, unless it is to be kept as well.
         logs_specs=DefaultLogsSpecs(log_dir=str(log_dir), tee=Std.ERR if job.log_dir is None else Std.ALL),
         log_line_prefix_template="[rank ${rank}] ",
     )
     try:
-        elastic_launch(config, sys.executable)("-u", job.script, *job.args)
+        with merged(log_dir, run_id), compiling.shown(progress):
+            elastic_launch(config, job.command[0])(*job.command[1:])
     except ChildFailedError as error:
         # Ranks that end by SIGTERM were stopped by the agent because of the others.
         failures = list(error.failures.items())
@@ -131,8 +175,10 @@ def _launch(job: Job, log_dir: Path) -> int:
 
 
 def _stderr_log(log_dir: Path, run_id: str, local_rank: int) -> Path | None:
-    """Where the agent keeps a rank's standard error: ``<log_dir>/<run id>_<random>/attempt_0/<local rank>``."""
-    return max(log_dir.glob(f"{run_id}_*/attempt_0/{local_rank}/stderr.log"), key=_last_write_ns, default=None)
+    """Where the agent keeps a rank's standard error: ``<log_dir>/<run id>_<random>/attempt_<n>/<local rank>``, of the
+    last attempt."""
+    found = log_dir.glob(f"{run_id}_*/attempt_*/{local_rank}/stderr.log")
+    return max(found, key=lambda path: int(path.parent.parent.name.removeprefix("attempt_")), default=None)
 
 
 def _last_write_ns(log: Path | None) -> int:
@@ -147,6 +193,8 @@ def _last_write_ns(log: Path | None) -> int:
 
 def _show_failure(rank: int, exit_code: int, log: Path | None) -> None:
     cause = f"signal {-exit_code}" if exit_code < 0 else f"exit code {exit_code}"
+    if exit_code in MEANINGS:
+        cause += f", {MEANINGS[exit_code]}"
     last_words = last_traceback(log.read_text(errors="replace")) if log is not None else ""
     print(f"\nrank {rank} failed first ({cause}):\n{last_words}", file=sys.stderr, flush=True)
 

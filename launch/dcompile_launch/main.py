@@ -8,8 +8,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dcompile_launch.elastic import Job, launch, local_devices
+from dcompile_launch.elastic import CPU_RANKS, Job, launch, local_gpus
 from dcompile_launch.inplace import LaunchError, find_task
+from dcompile_launch.rank import PINS
+from dcompile_launch.templates import TEMPLATES, template
 
 DESCRIPTION = """\
 Start a training script on several ranks. Alone, it starts the ranks of this machine itself; under mpirun or srun each
@@ -25,7 +27,16 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument("--nnodes", type=int, default=1, metavar="N", help="machines; run the same command on each")
     arguments.add_argument("--rendezvous", metavar="HOST:PORT", help="where machines meet; needed if --nnodes > 1")
     arguments.add_argument("--job-id", metavar="NAME", help="equal on all machines of a job; needed if --nnodes > 1")
-    arguments.add_argument("--log-dir", type=Path, metavar="DIR", help="keep each rank's stdout and stderr in a folder")
+    arguments.add_argument("--log-dir", type=Path, metavar="DIR", help="keep each rank's output, and all of it merged")
+    arguments.add_argument(
+        "--max-restarts", type=int, default=0, metavar="N", help="start again N times after a failure"
+    )
+    arguments.add_argument(
+        "--pin", choices=PINS, default="auto", help="tie ranks to NUMA nodes (auto) or shares of cores"
+    )
+    arguments.add_argument(
+        "--template", action=_PrintTemplate, choices=TEMPLATES, help="print a job file to start from"
+    )
     arguments.add_argument("--dry-run", action="store_true", help="print what would be started, and start nothing")
     arguments.add_argument("script", help="Python file to run on every rank")
     arguments.add_argument("args", nargs=argparse.REMAINDER, help="arguments of the script")
@@ -48,14 +59,18 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return 0
             task.run(given.script, given.args)
             return 0
+        gpus = local_gpus()
         job = Job(
             script=given.script,
             args=tuple(given.args),
-            nproc=_ranks_here(given.nproc),
+            nproc=_ranks_here(given.nproc, gpus),
             nnodes=given.nnodes,
             rendezvous=given.rendezvous,
             job_id=given.job_id,
             log_dir=given.log_dir,
+            max_restarts=given.max_restarts,
+            pin=given.pin,
+            gpus=gpus,
         )
     except LaunchError as error:
         arguments.error(str(error))
@@ -65,9 +80,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     return launch(job)
 
 
-def _ranks_here(text: str | None) -> int:
+class _PrintTemplate(argparse.Action):
+    """Prints a job template and ends, whatever else is missing on the command line."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, _: argparse.Namespace, values: object, option: str | None = None
+    ) -> None:
+        print(template(str(values)), end="")
+        parser.exit()
+
+
+def _ranks_here(text: str | None, gpus: int) -> int:
     if text is None or text == "auto":
-        return local_devices()
+        return gpus or CPU_RANKS
     if not text.isdecimal() or int(text) == 0:
         raise LaunchError(f"--nproc {text}: expected a positive number or auto")
     return int(text)

@@ -88,14 +88,16 @@ def test_the_first_failing_rank_decides(script: str, how: str, exit_code: int) -
 
 
 def test_dry_run_says_what_would_start(script: str) -> None:
-    result = run("--nproc", "3", "--dry-run", script, "--steps", "5", OMP_NUM_THREADS="4")
+    result = run("--nproc", "3", "--pin", "none", "--dry-run", script, "--steps", "5", OMP_NUM_THREADS="4")
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines() == [
         "start    3 ranks on this machine, 3 in all",
         f"command  {sys.executable} -u {script} --steps 5",
         "threads  OMP_NUM_THREADS=4 each",
+        "place    any core; no GPU of their own",
         "meet     on this machine, at a free port",
         "logs     not kept",
+        "restarts 0",
     ]
 
 
