@@ -3,14 +3,15 @@
     model = dcompile.data_parallel(model)
     step = torch.compile(model, backend="dcompile")
 
-Public names: ``compile``, ``Options``, ``data_parallel``, ``explain``, ``counters``, ``reset_counters``,
-``communication_summary``.
+Public names: ``compile``, ``Options``, ``data_parallel``, ``fully_sharded``, ``explain``, ``counters``,
+``reset_counters``, ``communication_summary``.
 """
 
 from dcompile.backend import compile, counters, dcompile, reset_counters
 from dcompile.explanation import CommunicationSummary, Explanation, communication_summary, explain
 from dcompile.options import Options
 from dcompile.parallel import data_parallel
+from dcompile.sharded import fully_sharded
 
 __version__ = "0.1.0"
 
@@ -24,5 +25,6 @@ __all__ = [
     "data_parallel",
     "dcompile",
     "explain",
+    "fully_sharded",
     "reset_counters",
 ]

@@ -14,6 +14,7 @@ from dcompile.counters import TALLY, Counters
 from dcompile.options import Options
 from dcompile.pipeline import Built, compile_graph
 from dcompile.runtime.compiled import Graphing
+from dcompile.sharded import fully_sharded, is_fully_sharded
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -60,11 +61,14 @@ def compile(function: F, *, dynamic: bool | None = None, fullgraph: bool = False
     """``torch.compile`` with this backend.
 
     Args:
-        function: a module or a function.
+        function: a module or a function. A module that ``torch.distributed.fsdp.fully_shard`` was applied to goes
+            through ``fully_sharded`` first, so that its communication is part of the program.
         dynamic, fullgraph: as in ``torch.compile``.
         options: fields of ``dcompile.Options``.
     """
     chosen = Options.from_env(options)
+    if isinstance(function, torch.nn.Module) and is_fully_sharded(function):
+        function = fully_sharded(function)  # type: ignore[assignment]
     return torch.compile(function, dynamic=dynamic, fullgraph=fullgraph, backend=backend(chosen))  # type: ignore[return-value]
 
 

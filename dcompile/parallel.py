@@ -20,8 +20,7 @@ import torch.distributed as dist
 from torch import nn
 
 from dcompile.errors import DCompileError, Divergence
-
-PREFIX = "module."
+from dcompile.wrapping import Wrapper
 
 
 class _AverageGradient(torch.autograd.Function):
@@ -59,19 +58,17 @@ def _mean(tensor: torch.Tensor, group_name: str, world: int) -> torch.Tensor:
     return cast(torch.Tensor, torch.ops._c10d_functional.wait_tensor(pending))
 
 
-class DataParallel(nn.Module):
+class DataParallel(Wrapper):
     """See ``data_parallel``.
 
     Attributes:
-        module: the wrapped module. ``state_dict`` has its keys, without a prefix.
         process_group: the ranks that hold copies.
     """
 
     def __init__(self, module: nn.Module, process_group: dist.ProcessGroup | None, broadcast_parameters: bool) -> None:
-        super().__init__()
+        super().__init__(module)
         if not dist.is_available() or not dist.is_initialized():
             raise DCompileError("data_parallel needs a process group: call torch.distributed.init_process_group first")
-        self.module = module
         group = process_group if process_group is not None else dist.group.WORLD
         assert group is not None, "an initialised torch.distributed has a default group"
         self.process_group = group
@@ -79,9 +76,6 @@ class DataParallel(nn.Module):
         self._world = dist.get_world_size(self.process_group)
         self._synchronise = True
         self._has_local = False
-        hooks: Any = self
-        hooks.register_state_dict_post_hook(_strip_prefix)
-        hooks.register_load_state_dict_pre_hook(_add_prefix)
         _check_local(module)
         _check_equal(module, self.process_group)
         if broadcast_parameters:
@@ -176,25 +170,3 @@ def _broadcast(module: nn.Module, group: dist.ProcessGroup) -> None:
         dist.broadcast(dense, group=group, group_src=0)
         if dense.data_ptr() != tensor.data_ptr():
             tensor.copy_(dense)
-
-
-def _strip_prefix(wrapper: nn.Module, state: dict[str, Any], prefix: str, _: dict[str, Any]) -> None:
-    """Name entries as the wrapped module alone would."""
-    _rename(state, prefix + PREFIX, prefix)
-    metadata = getattr(state, "_metadata", None)
-    if metadata is not None:
-        metadata.pop(prefix.removesuffix("."), None)
-        for key in [key for key in metadata if (key + ".").startswith(prefix + PREFIX)]:
-            metadata[(prefix + (key + ".")[len(prefix + PREFIX) :]).removesuffix(".")] = metadata.pop(key)
-
-
-def _add_prefix(wrapper: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Undo ``_strip_prefix`` before entries are looked up."""
-    _rename(state, prefix, prefix + PREFIX)
-
-
-def _rename(state: dict[str, Any], old: str, new: str) -> None:
-    """Give every key that starts with ``old`` the prefix ``new``, keeping the order of the dictionary."""
-    renamed = [(new + key[len(old) :] if key.startswith(old) else key, value) for key, value in state.items()]
-    state.clear()
-    state.update(renamed)

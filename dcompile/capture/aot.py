@@ -20,8 +20,10 @@ from dcompile.capture.comm import collectives_have_effects
 from dcompile.capture.decompositions import decompositions
 from dcompile.capture.functional import functionalise_collectives
 from dcompile.capture.normalise import normalise
+from dcompile.capture.opaque import lift_opaque
 from dcompile.capture.origins import mark_sources
 from dcompile.capture.partition import RETURNED, partition
+from dcompile.capture.regather import gather_before_use
 
 GraphKind = Literal["inference", "forward", "backward"]
 
@@ -73,11 +75,12 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any], compile_graph: Co
     def compiler(kind: GraphKind) -> Callable[[fx.GraphModule, Sequence[Any]], Boxed]:
         def compile_one(traced: fx.GraphModule, inputs: Sequence[Any]) -> Boxed:
             mark_sources(traced)
+            gather_before_use(traced)
             normalise(traced)
+            left, around, lifted = lift_opaque(traced, list(inputs))
             check(traced)
-            return _boxed(
-                compile_graph(Captured(kind, traced, list(inputs), f"{kind}{number}", returned(traced, kind)))
-            )
+            captured = Captured(kind, traced, left, f"{kind}{number}", returned(traced, kind, lifted))
+            return _boxed(around(compile_graph(captured)))
 
         return compile_one
 
@@ -94,11 +97,16 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any], compile_graph: Co
         )(gm, list(example_inputs))
 
 
-def returned(traced: fx.GraphModule, kind: GraphKind) -> int:
-    """How many outputs of a graph go to the user: all of an inference graph, none, but gradients, of a backward."""
+def returned(traced: fx.GraphModule, kind: GraphKind, lifted: Sequence[int] = ()) -> int:
+    """How many outputs of a graph go to the user: all of an inference graph, none, but gradients, of a backward.
+
+    ``lifted``: positions of outputs the graph no longer has."""
     if kind == "inference":
         return len(traced.graph.find_nodes(op="output")[0].args[0])  # type: ignore[arg-type]
-    return int(traced.meta.get(RETURNED, 0)) if kind == "forward" else 0
+    if kind == "backward":
+        return 0
+    first = int(traced.meta.get(RETURNED, 0))
+    return first - sum(place < first for place in lifted)
 
 
 def _boxed(compiled: Boxed) -> Boxed:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +15,8 @@ from torch._ops import OpOverload
 from dcompile.capture.comm import collectives_have_effects, communication, eliminate_dead_code
 from dcompile.capture.cse import merge_equal
 from dcompile.capture.origins import mark_sources
+from dcompile.capture.outputs import edit_outputs, outputs_of
+from dcompile.capture.regather import gather_again
 
 RETURNED = "dcompile_returned"
 """In a forward graph's ``meta``: how many of its outputs, from the first, are not only saved for the backward."""
@@ -43,9 +44,10 @@ def partition(
             joint, inputs, num_fwd_outputs=num_fwd_outputs + len(forward), **known
         )
     _drop_outputs(fwd, num_fwd_outputs, num_fwd_outputs + len(forward))
-    total = len(_outputs(bwd))
+    total = len(outputs_of(bwd))
     _drop_outputs(bwd, total - len(backward), total)
     fwd.meta[RETURNED] = num_fwd_outputs
+    gather_again(fwd, bwd, num_fwd_outputs)
     for gm in (fwd, bwd):
         eliminate_dead_code(gm)
         gm.recompile()
@@ -114,31 +116,6 @@ def _tensor_of(node: fx.Node) -> fx.Node:
     return item
 
 
-def _output_node(gm: fx.GraphModule) -> fx.Node:
-    output: fx.Node = next(node for node in reversed(gm.graph.nodes) if node.op == "output")
-    return output
-
-
-def _outputs(gm: fx.GraphModule) -> list[Any]:
-    values: Any = _output_node(gm).args[0]
-    return list(values)
-
-
-_BESIDE = ("desc", "output_stack_traces")
-"""Keys of the output node's meta under which PyTorch keeps one entry for each output."""
-
-
-def _edit_outputs(gm: fx.GraphModule, edit: Callable[[list[Any]], list[Any]]) -> None:
-    """Apply ``edit`` to the list of outputs and to the lists PyTorch keeps beside it."""
-    output = _output_node(gm)
-    values = _outputs(gm)
-    for key in _BESIDE:
-        entries = output.meta.get(key)
-        if isinstance(entries, (list, tuple)) and len(entries) == len(values):
-            output.meta[key] = edit(list(entries))
-    output.args = (tuple(edit(values)),)
-
-
 def _add_outputs(joint: fx.GraphModule, num_fwd_outputs: int, forward: list[fx.Node], backward: list[fx.Node]) -> None:
     def add(entries: list[Any]) -> list[Any]:
         own = bool(entries) and all(entry is None or isinstance(entry, fx.Node) for entry in entries)
@@ -147,10 +124,10 @@ def _add_outputs(joint: fx.GraphModule, num_fwd_outputs: int, forward: list[fx.N
         return [*entries[:num_fwd_outputs], *first, *entries[num_fwd_outputs:], *last]
 
     if forward or backward:
-        _edit_outputs(joint, add)
+        edit_outputs(joint, add)
         joint.recompile()
 
 
 def _drop_outputs(gm: fx.GraphModule, first: int, last: int) -> None:
     if first < last:
-        _edit_outputs(gm, lambda entries: entries[:first] + entries[last:])
+        edit_outputs(gm, lambda entries: entries[:first] + entries[last:])
