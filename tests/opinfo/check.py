@@ -1,0 +1,264 @@
+"""One operator against eager PyTorch: every sample compiled, run, and compared."""
+
+from __future__ import annotations
+
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.source import ConstantSource
+from torch._functorch import config as functorch_config
+from torch._functorch.aot_autograd import make_boxed_func
+from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dcompile.capture import capture
+from tests.opinfo.batch import Batch, Program
+from tests.opinfo.compare import difference
+from tests.opinfo.known import UNINITIALISED
+from tests.opinfo.operators import OPERATORS, Sample, sample_of, samples
+
+SEED = 7
+
+
+@dataclass
+class Report:
+    """What became of one operator.
+
+    Attributes:
+        ok: number of samples that agree.
+        failures: what is wrong, a line each, the sample's name first.
+        untraceable: why AOTAutograd alone cannot trace a sample either, by sample.
+        kernels, library: kernel launches and library calls of all samples' graphs.
+        fallbacks: library calls made for want of a rule, by op.
+        rejected: samples that eager itself rejects.
+    """
+
+    name: str
+    ok: int = 0
+    failures: list[str] = field(default_factory=list)
+    untraceable: dict[str, str] = field(default_factory=dict)
+    kernels: int = 0
+    library: Counter[str] = field(default_factory=Counter)
+    fallbacks: Counter[str] = field(default_factory=Counter)
+    rejected: int = 0
+
+    @property
+    def only_library(self) -> bool:
+        """Whether no kernel was generated although the library was called."""
+        return self.kernels == 0 and bool(self.library)
+
+
+@dataclass(frozen=True)
+class Result:
+    """Outputs, inputs afterwards, and gradients by input, of one run."""
+
+    outputs: list[Tensor]
+    inputs: list[Tensor]
+    gradients: list[Tensor | None]
+
+    @property
+    def all(self) -> list[tuple[str, Tensor | None]]:
+        named = [(f"output {n}", t) for n, t in enumerate(self.outputs)]
+        named += [(f"input {n} afterwards", t) for n, t in enumerate(self.inputs)]
+        return [*named, *((f"gradient {n}", t) for n, t in enumerate(self.gradients))]
+
+
+def run(function: Callable[..., Any], inputs: list[Tensor], seed: int = SEED) -> Result:
+    """Call it, and its backward with random cotangents where an output has one."""
+    torch.manual_seed(seed)
+    outputs = list(function(*inputs))
+    wanted = [t for t in inputs if t.requires_grad]
+    differentiable = [t for t in outputs if t.requires_grad]
+    gradients: list[Tensor | None] = []
+    if wanted and differentiable:
+        cotangents = [_cotangent(t, n) for n, t in enumerate(differentiable)]
+        gradients = list(torch.autograd.grad(differentiable, wanted, cotangents, allow_unused=True))
+    return Result([t.detach() for t in outputs], [t.detach() for t in inputs], gradients)
+
+
+def draws(sample: Sample, grad: bool) -> bool:
+    """Whether eager draws random numbers in this call."""
+    watch = _Draws()
+    with watch:
+        sample.function(*sample.fresh(grad))
+    return watch.drawn
+
+
+class _Draws(TorchDispatchMode):
+    drawn = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.drawn |= torch.Tag.nondeterministic_seeded in func.tags
+        return func(*args, **(kwargs or {}))
+
+
+def _cotangent(like: Tensor, number: int) -> Tensor:
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{tuple(like.shape)} {number}".encode()))
+    wide = torch.complex128 if like.dtype.is_complex else torch.float64
+    return torch.randn(like.shape, generator=generator, dtype=wide).to(like.dtype)
+
+
+def as_graph(function: Callable[..., Any], count: int) -> fx.GraphModule:
+    """The function as the one node of a graph, the way a Dynamo backend is called."""
+    graph = fx.Graph()
+    graph.output(graph.call_function(function, tuple(graph.placeholder(f"x{n}") for n in range(count))))
+    return fx.GraphModule({}, graph)
+
+
+def traced(
+    sample: Sample, grad: bool, compile_graph: Callable[[Any], Any], dynamic: bool = False
+) -> Callable[..., Any]:
+    """The compiled sample.
+
+    Args:
+        dynamic: all sizes but 0 and 1 are symbols.
+    """
+    inputs = sample.fresh(grad)
+    with ExitStack() as stack:
+        if dynamic:
+            inputs = stack.enter_context(_symbolic(inputs))
+        # all graphs of a sample in one batch
+        stack.enter_context(functorch_config.patch(force_non_lazy_backward_lowering=True))
+        return capture(as_graph(sample.function, len(inputs)), inputs, compile_graph)
+
+
+@contextmanager
+def _symbolic(inputs: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Fake tensors of symbolic sizes, in the tracing context of Dynamo."""
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    fakes = []
+    for number, tensor in enumerate(inputs):
+        sizes = StatelessSymbolicContext([DimDynamic.DYNAMIC] * tensor.dim())
+        fakes.append(mode.from_tensor(tensor, symbolic_context=sizes, source=ConstantSource(f"x{number}")))
+    with tracing(TracingContext(mode)):
+        yield fakes
+
+
+def why_untraceable(sample: Sample, grad: bool) -> str:
+    """The error AOTAutograd raises with a backend that does nothing; "" if it traces."""
+    inputs = sample.fresh(grad)
+
+    def as_it_is(gm: fx.GraphModule, _: Sequence[Any]) -> Any:
+        return make_boxed_func(gm.forward)
+
+    try:
+        aot_autograd(fw_compiler=as_it_is, bw_compiler=as_it_is)(as_graph(sample.function, len(inputs)), inputs)
+    except Exception as error:
+        return summary(error)
+    return ""
+
+
+def summary(error: BaseException) -> str:
+    """Type and first line."""
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0] if text else ''}"[:240]
+
+
+def check_operator(name: str, dtype: torch.dtype, count: int, folder: Path, variant: str = "") -> Report:
+    """Compile ``count`` samples of an operator and compare them with eager.
+
+    Args:
+        variant: "", "in_place" (the mutated input is compared too) or "dynamic" (symbolic sizes).
+    """
+    in_place = variant == "in_place"
+    grad = not in_place and OPERATORS[name].supports_autograd and dtype.is_floating_point
+    report = Report(name)
+    batch = Batch(folder)
+    ready: list[tuple[Sample, Result, Callable[..., Any], list[Program]]] = []
+    for sample in samples(name, dtype, count, grad, in_place):
+        try:
+            want = run(sample.function, sample.fresh(grad))
+        except Exception:
+            report.rejected += 1
+            continue
+        before = len(batch.programs)
+        try:
+            compiled = traced(sample, grad, batch.compile_graph, variant == "dynamic")
+        except Exception as error:
+            if why := why_untraceable(sample, grad):
+                report.untraceable[sample.name] = why
+            else:
+                report.failures.append(f"{sample.name}: compiling: {summary(error)}")
+            continue
+        ready.append((sample, want, compiled, batch.programs[before:]))
+    batch.build()
+    for sample, want, compiled, programs in ready:
+        wrong = _compare(sample, want, compiled, grad, name)
+        if wrong:
+            report.failures.append(f"{sample.name}: {wrong}")
+        else:
+            report.ok += 1
+        for program in programs:
+            report.kernels += program.launches
+            report.library += program.externs
+            report.fallbacks += program.fallbacks
+    return report
+
+
+def _compare(sample: Sample, want: Result, compiled: Callable[..., Any], grad: bool, name: str) -> str:
+    try:
+        got = run(compiled, sample.fresh(grad))
+    except Exception as error:
+        return f"running: {summary(error)}"
+    if differs(want, got) == "":
+        return ""
+    if name in UNINITIALISED:
+        return differs(want, got, values=False)
+    if draws(sample, grad):  # other numbers than eager's, but the same ones under the same seed
+        return differs(want, got, values=False) or differs(got, run(compiled, sample.fresh(grad)))
+    return differs(want, got, _exact(sample, grad))
+
+
+def differs(want: Result, got: Result, exact: Result | None = None, values: bool = True) -> str:
+    if len(want.all) != len(got.all):
+        return f"{len(got.all)} results, eager gives {len(want.all)}"
+    for n, ((what, mine), (_, theirs)) in enumerate(zip(got.all, want.all, strict=True)):
+        if (mine is None) != (theirs is None):
+            if mine is not None and not mine.any():
+                continue  # AOTAutograd gives zeros where eager gives no gradient
+            return f"{what}: {'missing' if mine is None else 'there'}, not so in eager"
+        if mine is not None and theirs is not None:
+            close = exact.all[n][1] if exact is not None and n < len(exact.all) else None
+            own = not what.startswith("gradient")  # autograd brings a gradient into its tensor's layout
+            if wrong := difference(mine, theirs, close, values, own):
+                return f"{what}: {wrong}"
+    return ""
+
+
+def _exact(sample: Sample, grad: bool) -> Result | None:
+    try:
+        return run(sample.function, sample.fresh(grad, torch.float64))
+    except Exception:
+        return None
+
+
+def check_rejections(name: str) -> list[str]:
+    """Calls that eager rejects: each must be rejected while it is compiled, by an error of the same type."""
+    op = OPERATORS[name]
+    wrong = []
+    for number, given in enumerate(op.error_inputs("cpu")):
+        sample = sample_of(f"{name}[{number}]", op.get_op(), given.sample_input)
+        try:
+            sample.function(*sample.fresh(False))
+        except Exception as error:
+            expected = error
+        else:
+            continue
+        try:
+            traced(sample, False, lambda captured: lambda inputs: captured.gm(*inputs))(*sample.fresh(False))
+        except Exception as error:
+            if not isinstance(error, type(expected)):
+                wrong.append(f"{sample.name}: {summary(error)}; eager: {summary(expected)}")
+        else:
+            wrong.append(f"{sample.name} is accepted; eager: {summary(expected)}")
+    return wrong

@@ -1,0 +1,47 @@
+"""Operators that are not tested, or tested for less than equal values, by name and with the reason."""
+
+from __future__ import annotations
+
+from torch.testing._internal.common_methods_invocations import op_db
+
+_NO_VALUES = (
+    "empty", "empty_like", "empty_permuted", "empty_strided", "new_empty", "new_empty_strided", "resize_", "resize_as_",
+)  # fmt: skip
+UNINITIALISED: frozenset[str] = frozenset(_NO_VALUES)
+"""Their results hold whatever the memory held."""
+
+
+def _outside() -> dict[str, str]:
+    found: dict[str, str] = {}
+    for op in op_db:
+        if "sparse" in op.name:
+            found[op.full_name] = "sparse tensors"
+        elif all(dtype.is_complex for dtype in op.dtypes):
+            found[op.full_name] = "complex numbers only"
+        elif op.full_name in ("to_sparse", "spmm"):
+            found[op.full_name] = "sparse tensors"
+    return found
+
+
+OUTSIDE: dict[str, str] = _outside()
+"""Entries that are about something else than dense real tensors."""
+
+_DATA = "its result's shape or value decides the program; Dynamo splits it there"
+UNTRACEABLE: dict[str, str] = dict.fromkeys(
+    ("allclose", "argwhere", "combinations", "corrcoef", "cov", "equal", "item", "masked_select", "nonzero"),
+    _DATA,
+)
+"""Operators with samples that AOTAutograd cannot trace, whatever the backend. ``test_from_end_to_end`` runs some."""
+
+FAILING: dict[str, str] = {
+    "nn.functional.pad.reflect-float32": "arange and clamp print types that C++ rejects",
+    "nn.functional.unfold-float32": "modulo by zero in an index",
+    "nn.functional.max_unpool2d.grad-float32": "strides of a channels-last result",
+    "permute_copy-float32": "strides of a copied view",
+    "put-float32": "the decomposition asks for a value",
+    "svd-float32": "modulo by zero in an index",
+}
+"""Cases of ``test_operators`` that do not pass yet, with the cause."""
+
+END_TO_END = ("add", "softmax.with_dtype", "nn.functional.layer_norm")
+"""Operators that the fast part compiles through ``torch.compile``."""

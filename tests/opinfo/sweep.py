@@ -1,0 +1,126 @@
+"""Check many operators and print what fails, or write the table of all.
+
+``python -m tests.opinfo.sweep [--dtype bfloat16] [--count 4] [--jobs 2] [pattern...]`` prints a line for each failure;
+a pattern is a shell pattern of operator names. ``--table docs/operators.md`` also writes the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+
+from tests.opinfo.check import Report, check_operator
+from tests.opinfo.operators import OPERATORS, tested
+
+HEAD = """# Operators
+
+Every operator of PyTorch's own database (`torch.testing._internal.common_methods_invocations.op_db`) that takes
+float32, compiled for the CPU and compared with eager, forward and backward. Written by
+`python -m tests.opinfo.sweep --table docs/operators.md`; do not edit.
+
+Samples that agree, kernel launches and library calls of all their graphs, and the library calls that stand for a
+missing rule. A sample that AOTAutograd cannot trace counts as split: `torch.compile` runs it in pieces.
+
+"""
+COLUMNS = "| operator | agree | fail | split | kernels | library | no rule |\n|---|--:|--:|--:|--:|--:|---|\n"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One operator in the table."""
+
+    name: str
+    ok: int
+    failures: int
+    split: int
+    kernels: int
+    library: int
+    fallbacks: str
+
+    @property
+    def only_library(self) -> bool:
+        """Whether no kernel was generated although the library was called."""
+        return self.kernels == 0 and self.library > 0
+
+
+def write_table(path: Path, reports: Iterable[Report]) -> None:
+    rows = sorted((_row(r) for r in reports), key=lambda row: row.name)
+    alone = sum(row.only_library for row in rows)
+    sums = f"{len(rows)} operators, {sum(row.failures > 0 for row in rows)} with a failing sample, "
+    sums += f"{sum(row.split > 0 for row in rows)} with a split one, {alone} that only call the library.\n\n"
+    lines = [
+        f"| {r.name} | {r.ok} | {r.failures} | {r.split} | {r.kernels} | {r.library} | {r.fallbacks} |" for r in rows
+    ]
+    path.write_text(HEAD + sums + COLUMNS + "\n".join(lines) + "\n")
+
+
+def _row(r: Report) -> Row:
+    fallbacks = ", ".join(sorted(op.removeprefix("aten.").removesuffix(".default") for op in r.fallbacks))
+    return Row(r.name, r.ok, len(r.failures), len(r.untraceable), r.kernels, sum(r.library.values()), fallbacks)
+
+
+def read_table(path: Path) -> dict[str, Row]:
+    """The rows that ``write_table`` wrote, by operator."""
+    rows = {}
+    for line in path.read_text().splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if line.startswith("| ") and len(cells) == 7 and cells[1].isdigit():
+            rows[cells[0]] = Row(cells[0], *map(int, cells[1:6]), cells[6])
+    return rows
+
+
+def _checked(name: str, dtype: torch.dtype, count: int, variant: str) -> Report:
+    begun = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            report = check_operator(name, dtype, count, Path(folder), variant)
+        except Exception as error:
+            report = Report(name, failures=[f"{name}: {type(error).__name__}: {str(error)[:200]}"])
+    _print(report, time.perf_counter() - begun)
+    return report
+
+
+def _print(report: Report, seconds: float) -> None:
+    lines = [f"FAIL {line}" for line in report.failures]
+    lines += [f"UNTRACEABLE {sample}: {line}" for sample, line in report.untraceable.items()]
+    calls = f"K={report.kernels} X={sum(report.library.values())} {'LIBRARY' if report.only_library else ''}"
+    lines.append(f"DONE {report.name} ok={report.ok} {calls} {dict(report.fallbacks) or ''} {seconds:.1f}s")
+    print("\n".join(lines), flush=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("patterns", nargs="*", default=["*"])
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--count", type=int, default=3)
+    parser.add_argument("--variant", choices=("", "in_place", "dynamic"), default="")
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--table", type=Path)
+    given = parser.parse_args(arguments)
+    dtype = getattr(torch, given.dtype)
+    names = [n for n in tested(dtype) if any(fnmatch(n, p) for p in given.patterns)]
+    if given.variant == "in_place":
+        names = [n for n in names if OPERATORS[n].get_inplace() is not None]
+    check = partial(_checked, dtype=dtype, count=given.count, variant=given.variant)
+    if given.jobs == 1:
+        reports = list(map(check, names))
+    else:
+        with get_context("spawn").Pool(given.jobs, maxtasksperchild=100) as pool:
+            reports = list(pool.imap_unordered(check, names))
+    failing = [r.name for r in reports if r.failures]
+    print(f"{len(reports)} operators, {len(failing)} failing: {' '.join(failing)}")
+    if given.table is not None:
+        write_table(given.table, reports)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""PyTorch's operator database, compiled and compared with eager PyTorch.
+
+The whole of it, about twenty minutes on two cores, sharded by operator::
+
+    python -m pytest tests/opinfo --opinfo=full -n auto
+
+Without the option a fixed part runs: a share of the operators with one sample each, and some of them through
+``torch.compile`` from end to end. ``python -m tests.opinfo.sweep --table docs/operators.md`` writes the table of
+generated kernels and library calls.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+import dcompile
+from tests.opinfo.check import Report, check_operator, check_rejections, differs, draws, run
+from tests.opinfo.known import END_TO_END, FAILING, UNINITIALISED, UNTRACEABLE
+from tests.opinfo.operators import OPERATORS, samples, tested
+from tests.opinfo.sweep import read_table
+
+TABLE = Path(__file__).parents[2] / "docs" / "operators.md"
+FAST_SHARE = 5
+"""The fast part takes one operator of so many."""
+FULL_SAMPLES = 6
+BROAD = ("bfloat16", "int64", "bool")
+"""dtypes tested besides float32, by the operators that take them."""
+LIBRARY_ONLY_LIMIT = 0.25
+"""Largest share of operators without a generated kernel."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One test of one operator. ``variant`` is "", "in_place" or "dynamic"."""
+
+    name: str
+    dtype: str
+    variant: str
+    count: int
+
+    @property
+    def id(self) -> str:
+        return "-".join(part for part in (self.name, self.dtype, self.variant) if part)
+
+
+def cases(full: bool) -> Iterator[Case]:
+    for dtype in ("float32", *BROAD):
+        for name in tested(getattr(torch, dtype)):
+            kinds = ["", "in_place"] if OPERATORS[name].get_inplace() is not None else [""]
+            for variant in [*kinds, "dynamic"] if dtype == "float32" else kinds:
+                case = Case(name, dtype, variant, FULL_SAMPLES if full else 1)
+                share = FAST_SHARE if (dtype, variant) == ("float32", "") else 8 * FAST_SHARE
+                if full or zlib.crc32(case.id.encode()) % share == 0:
+                    yield case
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    full = metafunc.config.getoption("opinfo", default="fast") == "full"
+    if "case" in metafunc.fixturenames:
+        metafunc.parametrize("case", list(cases(full)), ids=lambda case: case.id)
+    if "rejecting" in metafunc.fixturenames:
+        names = [name for name in tested(torch.float32) if OPERATORS[name].error_inputs_func is not None]
+        metafunc.parametrize("rejecting", names if full else names[:: 2 * FAST_SHARE])
+
+
+def test_operator(case: Case, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    if case.id in FAILING:
+        request.applymarker(pytest.mark.xfail(reason=FAILING[case.id]))
+    report = check_operator(case.name, getattr(torch, case.dtype), case.count, tmp_path, case.variant)
+    assert not report.failures, "\n".join(report.failures)
+    _check_untraceable(case, report)
+
+
+def _check_untraceable(case: Case, report: Report) -> None:
+    """What AOTAutograd itself cannot trace is known by name, and no operator is in that list without need."""
+    if report.untraceable:
+        assert case.name in UNTRACEABLE, f"not traceable: {report.untraceable}"
+    elif case.dtype == "float32" and not case.variant and case.count == FULL_SAMPLES:
+        assert case.name not in UNTRACEABLE, f"{case.name} is traceable now"
+
+
+def test_what_eager_rejects_is_rejected(rejecting: str) -> None:
+    wrong = check_rejections(rejecting)
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("name", [*END_TO_END, *sorted(UNTRACEABLE)[::6]])
+def test_from_end_to_end(name: str, tmp_path: Path) -> None:
+    torch.compiler.reset()
+    (sample,) = samples(name, torch.float32, 1, True)
+    want = run(sample.function, sample.fresh(True))
+    compiled = dcompile.compile(sample.function, dynamic=False, cache_dir=tmp_path, cxx="g++ -O1")
+    random = name in UNINITIALISED or draws(sample, True)
+    assert differs(want, run(compiled, sample.fresh(True)), values=not random) == ""
