@@ -28,7 +28,20 @@ OUTSIDE: dict[str, str] = _outside()
 
 _DATA = "its result's shape or value decides the program; Dynamo splits it there"
 UNTRACEABLE: dict[str, str] = dict.fromkeys(
-    ("allclose", "argwhere", "combinations", "corrcoef", "cov", "equal", "item", "masked_select", "nonzero"),
+    (
+        "allclose",
+        "argwhere",
+        "combinations",
+        "corrcoef",
+        "cov",
+        "equal",
+        "index_fill",
+        "item",
+        "masked_select",
+        "narrow",
+        "nonzero",
+        "tensor_split",
+    ),
     _DATA,
 )
 """Operators with samples that AOTAutograd cannot trace, whatever the backend. ``test_from_end_to_end`` runs some."""

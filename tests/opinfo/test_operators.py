@@ -23,7 +23,6 @@ import dcompile
 from tests.opinfo.check import Report, check_operator, check_rejections, differs, draws, run
 from tests.opinfo.known import END_TO_END, FAILING, UNINITIALISED, UNTRACEABLE
 from tests.opinfo.operators import OPERATORS, samples, tested
-from tests.opinfo.sweep import read_table
 
 TABLE = Path(__file__).parents[2] / "docs" / "operators.md"
 FAST_SHARE = 5
