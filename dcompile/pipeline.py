@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from enum import Enum
@@ -30,8 +30,8 @@ from dcompile.counters import TALLY
 from dcompile.errors import CompilerBug, DCompileError, ToolchainError
 from dcompile.ir.graph import Graph
 from dcompile.ir.kernel import Kernel
-from dcompile.ir.nodes import Extern, Node, Pack, Pointwise, Reduction, Store, View
-from dcompile.ir.symbolic import is_check
+from dcompile.ir.nodes import Extern, Node, Pack, Pointwise, Reduction, Store, View, calls_programs
+from dcompile.ir.symbolic import is_check, reads_numbers
 from dcompile.ir.types import Value
 from dcompile.lower import Extra, Lowered, SizeOf, lower
 from dcompile.options import Options, process_rank
@@ -169,6 +169,7 @@ class Built:
         plan, kernels, host: the verified plan and both generated programs, unless it came from the cache.
         seconds: compile time by stage, without the C++ compiler, which runs in the background.
         op_by_op: why there are no kernels and every op is a library call; "" where there are.
+        inner: the programs it calls.
     """
 
     name: str
@@ -178,6 +179,7 @@ class Built:
     host: str = ""
     seconds: Mapping[str, float] = field(default_factory=dict)
     op_by_op: str = ""
+    inner: tuple[Built, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -208,24 +210,45 @@ def compile_graph(gm: fx.GraphModule, name: str, options: Options, graphing: Gra
         report_progress(options.progress_dir, process_rank(), lambda: TALLY.snapshot().stage)
     with watch.stage("lower"):
         lowered = lower(gm, name.rstrip("0123456789"), options.eager_ops, group_size)
-    if reason := _why_no_kernels(lowered.graph, options):
+    if reason := next((why for g in programs_of(lowered.graph) if (why := _why_no_kernels(g, options))), None):
         return _op_by_op(gm, name, reason, lowered, options)
+    return _build(lowered, name, options, watch, graphing)
+
+
+def programs_of(graph: Graph) -> Iterator[Graph]:
+    """``graph`` and all programs it calls, directly or through others."""
+    yield graph
+    for inner in graph.graphs:
+        yield from programs_of(inner)
+
+
+def _build(lowered: Lowered, name: str, options: Options, watch: Watch, graphing: Graphing | None) -> Built:
+    inner = {
+        # the calls pass what these take besides
+        key: _build(replace(sub, extra_inputs=()), f"{name}_{key}", options, Watch(options, f"{name}_{key}"), None)
+        for key, sub in lowered.programs.items()
+    }
+    programs = {**lowered.modules, **{key: built.run for key, built in inner.items()}}
     watched = bool(options.show or options.dump_dir)
     cache = _cache(None if watched else options.cache_dir, options.deadline_s)
     key = _key(lowered, options)
     complete = partial(_complete, lowered.extra_inputs)
+
+    def compiled(loaded: Future[Loaded]) -> CompiledGraph:
+        return CompiledGraph(name, loaded, lowered.group_names, complete, options, graphing, programs)
+
     if (found := _cached(cache, key)) is not None:
         _count(found.facts, graphing, hits=1)
         ready: Future[Loaded] = Future()
         ready.set_result(found)
-        return Built(name, CompiledGraph(name, ready, lowered.group_names, complete, options, graphing))
+        return Built(name, compiled(ready), inner=tuple(inner.values()))
     place = meeting_place(cache) if options.compile_once else None
     sharing = place.join(key) if place is not None else None
     if place is not None and sharing is None:
         here = partial(_compile_here, lowered, name, options, watch, cache, key, graphing)
         arrived = partial(_count, graphing=graphing, hits=1)
         coming = receive_or(place, key, cache, options.deadline_s, arrived, here)
-        return Built(name, CompiledGraph(name, coming, lowered.group_names, complete, options, graphing))
+        return Built(name, compiled(coming), inner=tuple(inner.values()))
     try:
         made = _print(lowered, name, options, watch)
     except BaseException:
@@ -234,8 +257,8 @@ def compile_graph(gm: fx.GraphModule, name: str, options: Options, graphing: Gra
         raise
     _count(made.facts, graphing, misses=1)
     building = _builders().submit(build_and_share, cache, key, made.write, sharing)
-    run = CompiledGraph(name, building, lowered.group_names, complete, options, graphing)
-    return Built(name, run, made.plan, made.module, made.host, dict(watch.seconds))
+    seconds = dict(watch.seconds)
+    return Built(name, compiled(building), made.plan, made.module, made.host, seconds, inner=tuple(inner.values()))
 
 
 @dataclass(frozen=True)
@@ -344,6 +367,8 @@ def graph_refusal(graph: Graph) -> str:
         return "sizes that are not known before the call"
     if any(isinstance(node, Start) for node in graph.nodes):
         return "collectives"
+    if any(reads_numbers(node) or calls_programs(node) for node in graph.nodes):
+        return "numbers that the program reads while it runs"
     return ""
 
 

@@ -74,6 +74,10 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any], compile_graph: Co
 
     def compiler(kind: GraphKind) -> Callable[[fx.GraphModule, Sequence[Any]], Boxed]:
         def compile_one(traced: fx.GraphModule, inputs: Sequence[Any]) -> Boxed:
+            for inner in programs(traced)[:-1]:
+                mark_sources(inner)
+                normalise(inner)
+                check(inner)
             mark_sources(traced)
             gather_before_use(traced)
             normalise(traced)
@@ -107,6 +111,12 @@ def returned(traced: fx.GraphModule, kind: GraphKind, lifted: Sequence[int] = ()
         return 0
     first = int(traced.meta.get(RETURNED, 0))
     return first - sum(place < first for place in lifted)
+
+
+def programs(gm: fx.GraphModule) -> list[fx.GraphModule]:
+    """``gm`` and the programs inside it that its conditionals and loops run, the innermost first."""
+    found = [module for module in gm.modules() if isinstance(module, fx.GraphModule)]
+    return found[::-1]
 
 
 def _boxed(compiled: Boxed) -> Boxed:

@@ -67,7 +67,7 @@ class HostFrame(HostMemory):
     def bind(self, kind: str, target: str) -> str:
         """A global variable for a kernel or library function."""
         if (kind, target) not in self.bound:
-            wish = target if kind == "kernel" else target.split(".", 1)[1].removesuffix(".default")
+            wish = target if kind in ("kernel", "program") else target.split(".", 1)[1].removesuffix(".default")
             self.bound[kind, target] = self.var.fresh(wish)
         return self.bound[kind, target]
 

@@ -97,13 +97,18 @@ def dtype_text(dtype: DType) -> str:
 
 
 def arg_text(
-    arg: Arg, names: Mapping[sympy.Symbol, str], tensor: Callable[[str], str], device: Callable[[str], str]
+    arg: Arg,
+    names: Mapping[sympy.Symbol, str],
+    tensor: Callable[[str], str],
+    device: Callable[[str], str],
+    program: Callable[[str], str] | None = None,
 ) -> str:
     """An argument of a library call.
 
     Args:
         tensor: the expression of a tensor operand.
         device: the expression of a device type.
+        program: the expression of a program that is called; if given, sequences are printed as tuples.
 
     Raises:
         CompilerBug: an argument of a kind that ``ir.nodes.Arg`` does not list.
@@ -111,9 +116,15 @@ def arg_text(
     if isinstance(arg, Ref):
         return f"{tensor(arg.name)}.item()" if arg.item else tensor(arg.name)
     if isinstance(arg, Literal):
+        if arg.kind in ("graph", "module") and program is not None:
+            return program(arg.value)
         return _literal_text(arg, device)
     if isinstance(arg, tuple | list):
-        return f"[{', '.join(arg_text(item, names, tensor, device) for item in arg)}]"
+        parts = [arg_text(item, names, tensor, device, program) for item in arg if not _is_dict(item)]
+        if arg and _is_dict(arg[0]):
+            keys = [key for key in arg[0].value.split(",") if key]
+            return f"{{{', '.join(f'{key!r}: {part}' for key, part in zip(keys, parts, strict=True))}}}"
+        return tuple_text(parts) if program is not None else f"[{', '.join(parts)}]"
     if isinstance(arg, float) and not math.isfinite(arg):
         return f'float("{arg}")'
     if arg is None or isinstance(arg, bool | int | float | str):
@@ -121,6 +132,11 @@ def arg_text(
     if isinstance(arg, sympy.Expr):
         return size_text(arg, names)
     raise CompilerBug(f"host program: cannot print argument {arg!r}")
+
+
+def _is_dict(arg: Arg) -> bool:
+    """Whether the rest of the sequence that ``arg`` begins are the values of a dictionary, its keys in ``arg``."""
+    return isinstance(arg, Literal) and arg.kind == "dict"
 
 
 def _literal_text(literal: Literal, device: Callable[[str], str]) -> str:

@@ -20,7 +20,7 @@ from dcompile.collectives.nodes import Start, Wait
 from dcompile.errors import CompilerBug
 from dcompile.ir.index import as_size, product, symbol
 from dcompile.ir.kernel import Kernel
-from dcompile.ir.nodes import Extern, Node, Pack, View
+from dcompile.ir.nodes import Extern, Node, Pack, View, calls_programs
 from dcompile.ir.symbolic import MEASURED, find
 from dcompile.ir.types import Number, Value, contiguous_stride
 from dcompile.plan import Plan
@@ -112,8 +112,11 @@ class _Printer(HostFrame):
         planned = [out for out in node.outs if out is not None] if node.out_op else []
         for out in planned:
             self.allocate(out.name)
-        arguments = [arg_text(arg, self.symbols, self.tensor, self.device) for arg in node.args]
-        arguments += [f"{key}={arg_text(arg, self.symbols, self.tensor, self.device)}" for key, arg in node.kwargs]
+        program = self._program if calls_programs(node) else None
+        values = [*node.args, *(arg for _, arg in node.kwargs)]
+        arguments = [arg_text(arg, self.symbols, self.tensor, self.device, program) for arg in values]
+        keys = [*([""] * len(node.args)), *(f"{key}=" for key, _ in node.kwargs)]
+        arguments = [f"{key}{text}" for key, text in zip(keys, arguments, strict=True)]
         arguments += self._default_device(node)
         comment = self._comment(position, node)
         if node.out_op is not None:
@@ -143,6 +146,10 @@ class _Printer(HostFrame):
             for n, out in enumerate(node.outs)
         ]
         return tuple_text(names) if node.seq or len(names) > 1 else names[0]
+
+    def _program(self, name: str) -> str:
+        """The global variable of a program this one calls."""
+        return self.bind("program", name)
 
     def _number(self, name: str) -> str:
         """The variable of a number that a call tells."""

@@ -35,12 +35,14 @@ class Graph:
         inputs: tensors and size symbols in calling order.
         nodes: in program order, which is a legal execution order.
         outputs: in returning order; a name may appear more than once.
+        graphs: the programs its library calls take (``Literal("graph", name)``), in order of their names' appearance.
     """
 
     name: str
     inputs: tuple[Value | SizeInput, ...]
     nodes: tuple[Node, ...]
     outputs: tuple[Output, ...]
+    graphs: tuple[Graph, ...] = ()
 
     @cached_property
     def defs(self) -> dict[str, Def]:

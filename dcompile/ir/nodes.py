@@ -38,7 +38,9 @@ class Ref:
 @dataclass(frozen=True)
 class Literal:
     """A non-numeric argument of a library call: ``Literal("dtype", "f32")``, ``Literal("device", "cpu")``,
-    ``Literal("memory_format", "contiguous_format")`` or ``Literal("layout", "strided")``."""
+    ``Literal("memory_format", "contiguous_format")``, ``Literal("layout", "strided")``;
+    ``Literal("graph", name)`` for one of ``Graph.graphs``, ``Literal("module", name)`` for a program that only the
+    library can run, ``Literal("dict", keys)`` before the values of a dictionary."""
 
     kind: str
     value: str
@@ -274,6 +276,22 @@ class Extern(Node):
         )
 
 
+def literals(arg: Arg) -> tuple[Literal, ...]:
+    """All literals in an argument."""
+    if isinstance(arg, tuple):
+        return tuple(found for item in arg for found in literals(item))
+    return (arg,) if isinstance(arg, Literal) else ()
+
+
+def calls_programs(node: Node) -> bool:
+    """Whether ``node`` is a library call that runs other programs."""
+    if not isinstance(node, Extern):
+        return False
+    return node.op.startswith("higher_order.") or any(
+        found.kind == "graph" for arg in node.args for found in literals(arg)
+    )
+
+
 def rename_loads(root: ex.Expr, names: dict[str, str]) -> ex.Expr:
     """``root`` with buffers renamed."""
 
@@ -317,5 +335,7 @@ __all__ = [
     "Ref",
     "Store",
     "View",
+    "calls_programs",
+    "literals",
     "rename_loads",
 ]

@@ -20,7 +20,7 @@ from dcompile.errors import CompilerBug
 from dcompile.ir import expr as ex
 from dcompile.ir.index import FloorDiv, symbol
 from dcompile.ir.kernel import Fold, Kernel, Nest, Write, expressions, statements
-from dcompile.ir.nodes import Extern, Node, Pointwise, Reduction, Store, View
+from dcompile.ir.nodes import Extern, Node, Pointwise, Reduction, Ref, Store, View
 from dcompile.ir.types import Number, Size, Value
 
 if TYPE_CHECKING:
@@ -61,6 +61,17 @@ MEASURED = symbol("measured")
 
 def is_check(node: Node) -> TypeGuard[Extern]:
     return isinstance(node, Extern) and node.op == CHECK
+
+
+def reads_numbers(node: Node) -> bool:
+    """Whether ``node`` brings a number from a tensor to the host."""
+    return isinstance(node, Extern) and (bool(node.binds) or any(_has_item(a) for a in (*node.args, *node.kwargs)))
+
+
+def _has_item(arg: object) -> bool:
+    if isinstance(arg, tuple):
+        return any(_has_item(item) for item in arg)
+    return isinstance(arg, Ref) and arg.item
 
 
 def solve(entry: sympy.Expr, unknown: sympy.Symbol) -> sympy.Expr | None:
@@ -225,5 +236,5 @@ def _value(size: Size, sizes: Mapping[sympy.Symbol, int]) -> int | None:
 
 __all__ = [
     "CHECK", "MEASURED", "RELATIONS", "Knowledge", "Source", "check_numbers", "find", "holds", "is_check", "learned",
-    "solve", "symbols_of",
+    "reads_numbers", "solve", "symbols_of",
 ]  # fmt: skip

@@ -2,7 +2,8 @@
 
 Grammar (values and axes: ``text_node``; scalar expressions: ``text_expr``; kernels: ``text_kernel``)::
 
-    graph  = "graph" name "(" (value | symbol ":" "size" "=" hint), ... ")" "{" node... "return" output, ... "}"
+    graph  = "graph" name "(" (value | symbol ":" "size" "=" hint), ... ")"
+             "{" graph... node... "return" output, ... "}"
     node   = [(def | "_"), ... "="] keyword ... ["#" op... "@" source]              # the comment is the node's origin
            | value "=" "pointwise" (axes) exprs
            | value "=" "reduce" kind (axes ";" axes) exprs
@@ -61,7 +62,8 @@ def print_graph(graph: Graph) -> str:
         f"{quote_name(i.symbol.name)}: size = {i.hint}" if isinstance(i, SizeInput) else print_def(i)
         for i in graph.inputs
     )
-    lines = [line for node in graph.nodes for line in print_node(node).split("\n")]
+    lines = [line for inner in graph.graphs for line in print_graph(inner).splitlines()]
+    lines += [line for node in graph.nodes for line in print_node(node).split("\n")]
     lines.append("return " + ", ".join(_print_arg(out) for out in graph.outputs))
     body = "".join(f"  {line.rstrip()}\n" for line in lines)
     return f"graph {quote_name(graph.name)}({inputs}) {{\n{body}}}\n"
@@ -88,17 +90,28 @@ def parse_graph(text: str) -> Graph:
         ParseError: with line, column and what was expected.
     """
     reader = Reader(text)
+    graph = _read_graph(reader)
+    reader.end()
+    return graph
+
+
+def _read_graph(reader: Reader) -> Graph:
     reader.expect("graph")
     name = reader.name("the graph's name")
     reader.expect("(")
     inputs = reader.sequence(lambda: _read_input(reader), ")")
     reader.expect("{")
+    graphs: list[Graph] = []
+    while reader.at("graph") and reader.peek(1).text != ":":
+        outer = reader.defs, reader.buffers
+        reader.defs, reader.buffers = {}, {}
+        graphs.append(_read_graph(reader))
+        reader.defs, reader.buffers = outer
     nodes: list[Node] = []
     while not reader.accept("return"):
         nodes.append(read_node(reader))
     outputs: tuple[Output, ...] = reader.sequence(lambda: _read_arg(reader), "}")
-    reader.end()
-    return Graph(name, inputs, tuple(nodes), outputs)
+    return Graph(name, inputs, tuple(nodes), outputs, tuple(graphs))
 
 
 def read_node(reader: Reader) -> Node:

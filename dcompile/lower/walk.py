@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import sympy
@@ -20,6 +20,7 @@ from dcompile.ir.types import DType, Origin, Size, Value
 from dcompile.lower.builder import SEED_NAMES, Lowering
 from dcompile.lower.fallback import call_library
 from dcompile.lower.flight import InFlight, ViewInFlight
+from dcompile.lower.higher_order import Layouts, SubProgram, SubPrograms, call_programs, conform
 from dcompile.lower.numbers import ITEM, Numbers
 from dcompile.lower.table import RULES, NoRule, Rule
 
@@ -58,11 +59,15 @@ class Lowered:
         graph: at level LOOPS, checked.
         group_names: process group (as the traced program names it) by the group's label in the graph.
         extra_inputs: what the caller appends to the program's own inputs, in this order.
+        programs: those of ``graph.graphs`` by name; what they take besides their operands, the calls pass.
+        modules: traced programs that only the library can run, by name.
     """
 
     graph: Graph
     group_names: dict[str, Any]
     extra_inputs: tuple[Extra, ...] = ()
+    programs: Mapping[str, Lowered] = field(default_factory=dict)
+    modules: Mapping[str, Any] = field(default_factory=dict)
 
 
 def no_group_size(name: Any) -> int:
@@ -91,8 +96,7 @@ def lower(
     Raises:
         Unsupported: naming the user's line, for what neither a rule nor a library call can express.
     """
-    walker = _Walker(gm, eager_ops, group_size)
-    return walker.run(name)
+    return _Walker(gm, eager_ops, group_size).run(name)
 
 
 class _Walker:
@@ -106,8 +110,19 @@ class _Walker:
         self.constants: list[tuple[Value, torch.Tensor]] = []
         self.names: dict[fx.Node, str] = {}
         self.rules: dict[Any, tuple[str, Rule | None]] = {}
+        self.subs = SubPrograms(self.lower_program, self.constant, {}, {})
 
-    def run(self, name: str) -> Lowered:
+    def lower_program(self, gm: fx.GraphModule, name: str, layouts: Layouts) -> Lowered:
+        """A program that this one calls."""
+        return _Walker(gm, self.eager_ops, self.lowering.group_size).run(name, layouts)
+
+    def constant(self, name: str, tensor: torch.Tensor) -> Value:
+        """A constant tensor as an operand."""
+        value = self.lowering.value(self.lowering.fresh(name), tensor)
+        self.constants.append((value, tensor))
+        return value
+
+    def run(self, name: str, layouts: Layouts = None) -> Lowered:
         lowering = self.lowering
         # names of the traced program first, so that temporaries give way to them
         self.names = {node: lowering.fresh(node.name) for node in self.gm.graph.nodes}
@@ -130,10 +145,12 @@ class _Walker:
                 raise CompilerBug(f"lower: fx node {node.name} of kind {node.op} in a traced graph")
         lowering.flights.land_all()
         items = returned if isinstance(returned, list | tuple) else (returned,)
-        outputs = tuple(self.output(item) for item in items)
+        wanted = layouts or (None,) * len(items)
+        outputs = tuple(self.output(item, layout) for item, layout in zip(items, wanted, strict=True))
         extra = self.extra_inputs()
-        graph = Graph(name, tuple(self.inputs), (*self.seeds(), *lowering.nodes), outputs)
-        return Lowered(graph.check(), lowering.group_names, extra)
+        programs = tuple(sub.graph for sub in self.subs.lowered.values())
+        graph = Graph(name, tuple(self.inputs), (*self.seeds(), *lowering.nodes), outputs, programs)
+        return Lowered(graph.check(), lowering.group_names, extra, self.subs.lowered, self.subs.modules)
 
     # inputs and outputs
 
@@ -166,7 +183,7 @@ class _Walker:
         for part in str(node.target).split("."):
             found = getattr(found, part)
         if not isinstance(found, torch.Tensor):
-            return found  # a sub-graph; its user is refused by name
+            return self.subs.named.setdefault(id(found), SubProgram(self.names[node], found))
         meta = node.meta.get("val", found)
         value = self.lowering.value(self.names[node], meta)
         if found.numel() == 1 and not value.dtype.library_only and type(found) in (torch.Tensor, torch.nn.Parameter):
@@ -175,8 +192,10 @@ class _Walker:
         self.constants.append((value, found))
         return value
 
-    def output(self, item: Any) -> Output:
+    def output(self, item: Any, wanted: Value | None = None) -> Output:
         found = self.resolve(item)
+        if isinstance(found, Value):
+            found = conform(self.lowering, found, wanted)
         meta = item.meta.get("val") if isinstance(item, fx.Node) else None
         if isinstance(meta, torch.SymBool) and isinstance(found, sympy.Expr):
             found = self.lowering.pointwise(
@@ -277,6 +296,11 @@ class _Walker:
         meta = node.meta.get("val")
         if isinstance(meta, list | tuple) and meta and all(isinstance(item, int | torch.SymInt) for item in meta):
             return self.lowering.sizes.sizes(meta)
+        if isinstance(target, torch._ops.HigherOrderOperator):
+            self.lowering.outs = self.outputs_of(node)
+            args = tuple(self.resolve(arg) for arg in node.args)
+            kwargs = {key: self.resolve(arg) for key, arg in node.kwargs.items()}
+            return call_programs(self.lowering, self.subs, target, args, kwargs)
         if not isinstance(target, torch._ops.OpOverload):
             raise Unsupported(
                 self.lowering.origin,

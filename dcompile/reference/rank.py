@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator
+from functools import partial
 from typing import Any
 
 import sympy
@@ -14,22 +15,24 @@ from dcompile.errors import CompilerBug
 from dcompile.ir.graph import Graph, SizeInput
 from dcompile.ir.index import symbol
 from dcompile.ir.kernel import Kernel
-from dcompile.ir.nodes import Extern, Literal, Node, Pack, Pointwise, Reduction, Ref, Store, View
+from dcompile.ir.nodes import Extern, Literal, Node, Pack, Pointwise, Reduction, Ref, Store, View, calls_programs
 from dcompile.ir.symbolic import MEASURED, find, holds, is_check
 from dcompile.ir.types import DType, Number, Value
 from dcompile.reference import loops
 from dcompile.reference.evaluate import size_value
+from dcompile.reference.programs import call_programs
 
 Result = Tensor | int | float | bool | None
 Steps = Generator[tuple[Start, list[Tensor]], list[Tensor], list[Result]]
 
 
 class Memory:
-    """Tensors by name, and the run-time values of size symbols."""
+    """Tensors by name, the run-time values of size symbols, and the programs that may be called."""
 
     def __init__(self) -> None:
         self.tensors: dict[str, Tensor] = {}
         self.sizes: dict[sympy.Symbol, int] = {}
+        self.programs: dict[str, Graph] = {}
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self.tensors:
@@ -87,6 +90,7 @@ def run_rank(graph: Graph, inputs: list[Tensor | int]) -> Steps:
     """Run one graph; yields (launch, sources) at each Start and is sent the results."""
     memory = Memory()
     memory.bind_inputs(graph, inputs)
+    memory.programs = {inner.name: inner for inner in graph.graphs}
     in_flight: dict[str, _Flight] = {}
     for node in graph.nodes:
         if isinstance(node, Start):
@@ -102,6 +106,20 @@ def run_rank(graph: Graph, inputs: list[Tensor | int]) -> Steps:
     if in_flight:
         raise CompilerBug(f"{graph.name} ends with {', '.join(in_flight)} in flight")
     return [_output(out, memory) for out in graph.outputs]
+
+
+def _run_program(graph: Graph, inputs: list[Any]) -> list[Result]:
+    """Run a program that another calls.
+
+    Raises:
+        CompilerBug: it communicates.
+    """
+    try:
+        next(run_rank(graph, [t.clone() if isinstance(t, Tensor) else t for t in inputs]))
+    except StopIteration as stop:
+        found: list[Result] = stop.value
+        return found
+    raise CompilerBug(f"{graph.name} communicates, which a called program must not")
 
 
 def _output(out: Any, memory: Memory) -> Result:
@@ -186,7 +204,9 @@ def _run_node(node: Node, memory: Memory) -> None:
 def _call(node: Extern, memory: Memory) -> None:
     args = [_argument(arg, memory) for arg in node.args]
     kwargs = {key: _argument(arg, memory) for key, arg in node.kwargs}
-    if node.op == "dcompile.seeds":
+    if node.op.startswith("dcompile.") and calls_programs(node):
+        returned: Any = call_programs(node.op, args)
+    elif node.op == "dcompile.seeds":
         returned = torch.randint(-(2**63), 2**63 - 1, (int(args[0]),), dtype=torch.int64)
     else:
         returned = operator(node.op)(*args, **kwargs)
@@ -261,6 +281,8 @@ def _argument(arg: Any, memory: Memory) -> Any:
     if isinstance(arg, sympy.Expr):
         return size_value(arg, memory.sizes)
     if isinstance(arg, Literal):
+        if arg.kind == "graph":
+            return partial(_run_program, memory.programs[arg.value])
         if arg.kind == "device":
             return torch.device("cpu")
         if arg.kind == "dtype" and arg.value in {d.value for d in DType}:

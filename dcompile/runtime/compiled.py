@@ -252,6 +252,7 @@ class CompiledGraph:
         groups: process group, or its name, of each group label.
         complete: appends to the inputs what the traced program leaves implicit (constants, sizes).
         graphing: replay it as CUDA graphs if it can be; None for the plain program.
+        programs: the programs it calls.
     """
 
     def __init__(
@@ -262,8 +263,10 @@ class CompiledGraph:
         complete: Callable[[list[Any]], None],
         options: Options,
         graphing: Graphing | None = None,
+        programs: Mapping[str, Callable[..., Any]] | None = None,
     ) -> None:
         self.name = name
+        self._programs = programs
         self._loaded = loaded
         self._graphing = graphing
         self._groups = groups
@@ -286,7 +289,7 @@ class CompiledGraph:
                 functions = {**loaded.functions, **gpu.functions} if gpu is not None else loaded.functions
                 communicator = settle(self.name, self._groups, loaded.facts.lines, self._options)
                 recorder = RECORDER if self._options.timeline else None
-                plain = Executable(loaded.host, self.name, functions, communicator, recorder, gpu)
+                plain = Executable(loaded.host, self.name, functions, communicator, recorder, gpu, self._programs)
                 self._executable = self._graphed(plain, loaded.facts, gpu) or plain
             return self._executable
 

@@ -9,6 +9,7 @@ import torch
 
 from dcompile.errors import CompilerBug, DCompileError
 from dcompile.ir.symbolic import CHECK, RELATIONS
+from dcompile.runtime.programs import PROGRAM_OPS
 
 LOWEST_I64 = -(2**63)
 
@@ -97,4 +98,4 @@ def describe(dtype: torch.dtype, shape: Sequence[int], stride: Sequence[int]) ->
     return f"{str(dtype).removeprefix('torch.')}{list(shape)} with strides {list(stride)}"
 
 
-HELPERS: dict[str, Callable[..., Any]] = {"dcompile.seeds": seeds, CHECK: check}
+HELPERS: dict[str, Callable[..., Any]] = {"dcompile.seeds": seeds, CHECK: check, **PROGRAM_OPS}

@@ -29,6 +29,7 @@ class Runtime:
         communicator: collectives; None for a program without any.
         recorder: receives step times; None records nothing.
         gpu: the loaded GPU kernels, if the program has any; their functions are among ``functions``.
+        programs: what the program calls besides kernels and ops: branches, loop bodies.
     """
 
     alias = staticmethod(alias)
@@ -44,8 +45,10 @@ class Runtime:
         communicator: Communicator | None = None,
         recorder: Recorder | None = None,
         gpu: GpuKernels | None = None,
+        programs: Mapping[str, Callable[..., Any]] | None = None,
     ) -> None:
         self.name = name
+        self._programs = programs or {}
         self._functions = functions
         self._communicator = communicator
         self._recorder = recorder
@@ -57,6 +60,13 @@ class Runtime:
         found = self._functions.get(symbol)
         if found is None:
             raise CompilerBug(f"{self.name}: the compiled kernels have no function {symbol}")
+        return found
+
+    def program(self, name: str) -> Callable[..., Any]:
+        """The program of that name that this one calls."""
+        found = self._programs.get(name)
+        if found is None:
+            raise CompilerBug(f"{self.name} calls {name}, which it was loaded without")
         return found
 
     def stream(self, device: torch.device) -> ctypes.c_void_p:
@@ -138,7 +148,7 @@ class Executable:
         source: text of the host program (``codegen.wrapper.print_host``).
         name: of the program; shown in messages and tracebacks.
         functions: functions of the kernels, by symbol.
-        communicator, gpu: see ``Runtime``.
+        communicator, gpu, programs: see ``Runtime``.
         recorder: see ``Runtime``; needed iff the source was printed with a timeline.
     """
 
@@ -150,10 +160,11 @@ class Executable:
         communicator: Communicator | None = None,
         recorder: Recorder | None = None,
         gpu: GpuKernels | None = None,
+        programs: Mapping[str, Callable[..., Any]] | None = None,
     ) -> None:
         self.source = source
         self.name = name
-        self.runtime = Runtime(name, functions, communicator, recorder, gpu)
+        self.runtime = Runtime(name, functions, communicator, recorder, gpu, programs)
         filename = f"<dcompile {name} {id(self):x}>"
         linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
         self._filename = filename
