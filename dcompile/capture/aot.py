@@ -16,9 +16,10 @@ from torch._functorch import config as functorch_config
 from torch.utils import _pytree as pytree
 
 from dcompile.capture.check import check
-from dcompile.capture.comm import collectives_have_effects
+from dcompile.capture.comm import actions_have_effects
 from dcompile.capture.decompositions import decompositions
 from dcompile.capture.functional import functionalise_collectives
+from dcompile.capture.in_place import write_in_place
 from dcompile.capture.normalise import normalise
 from dcompile.capture.opaque import lift_opaque
 from dcompile.capture.origins import mark_sources
@@ -80,6 +81,7 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any], compile_graph: Co
                 check(inner)
             mark_sources(traced)
             gather_before_use(traced)
+            write_in_place(traced)
             normalise(traced)
             left, around, lifted = lift_opaque(traced, list(inputs))
             check(traced)
@@ -90,7 +92,7 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any], compile_graph: Co
 
     functionalise_collectives(gm)
     # Saved activations are owned by autograd: not donated to the backward program, so that a graph can be retained.
-    with functorch_config.patch(donated_buffer=False), collectives_have_effects():
+    with functorch_config.patch(donated_buffer=False), actions_have_effects(gm):
         return aot_autograd(
             fw_compiler=compiler("forward"),
             bw_compiler=compiler("backward"),

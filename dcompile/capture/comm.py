@@ -62,9 +62,39 @@ def view_root(node: fx.Node) -> fx.Node:
     return node
 
 
+def acts(node: fx.Node) -> bool:
+    """``node`` does something that its result does not show: it communicates, or calls a custom op that writes its
+    arguments or returns no tensor."""
+    return node.op == "call_function" and (bool(communication(node)) or _acts_unseen(node.target))
+
+
+def _acts_unseen(target: Any) -> bool:
+    if target is torch.ops.higher_order.auto_functionalized_v2:
+        return True
+    if not isinstance(target, OpOverload) or target.namespace in _BUILT_IN:
+        return False
+    return not any("Tensor" in str(returned.type) for returned in target._schema.returns)
+
+
+_BUILT_IN = frozenset({"aten", "prims", "prim", NAMESPACE, AUTOGRAD_NAMESPACE})
+
+
 def eliminate_dead_code(gm: fx.GraphModule) -> None:
-    """Remove nodes without users. Communication always stays: every rank must launch what the others launch."""
-    gm.graph.eliminate_dead_code(is_impure_node=lambda node: bool(communication(node)) or bool(node.is_impure()))
+    """Remove nodes without users. What acts always stays, communication above all: every rank must launch what the
+    others launch."""
+    gm.graph.eliminate_dead_code(is_impure_node=lambda node: acts(node) or bool(node.is_impure()))
+
+
+def _unseen_actions(gm: fx.GraphModule) -> set[Any]:
+    """The ops that Dynamo's graph calls and that act, communication aside."""
+    found: set[Any] = {torch.ops.higher_order.auto_functionalized_v2}
+    for module in gm.modules():
+        for node in module.graph.nodes if isinstance(module, fx.GraphModule) else ():
+            target: Any = node.target
+            packet = isinstance(target, OpOverloadPacket)
+            listed = [getattr(target, name) for name in target.overloads()] if packet else [target]
+            found.update(one for one in listed if node.op == "call_function" and _acts_unseen(one))
+    return found
 
 
 def _targets() -> set[Any]:
@@ -86,13 +116,28 @@ def collectives_have_effects(enabled: bool = True) -> Iterator[None]:
     """While active, PyTorch's dead-code elimination keeps (``enabled``) or may drop functional collectives.
 
     PyTorch only marks ``wait_tensor`` so, and only sometimes; a launch whose result one rank does not use would be
-    dropped on that rank and the others would hang. The marks are put back afterwards, other compilers do not see them.
+    dropped on that rank and the others would hang.
+    """
+    with _marked(_targets(), enabled):
+        yield
+
+
+@contextlib.contextmanager
+def actions_have_effects(gm: fx.GraphModule) -> Iterator[None]:
+    """While active, PyTorch's dead-code elimination keeps everything in ``gm`` that ``acts``."""
+    with _marked(_targets() | _unseen_actions(gm), True):
+        yield
+
+
+@contextlib.contextmanager
+def _marked(targets: set[Any], enabled: bool) -> Iterator[None]:
+    """Puts PyTorch's marks on ``targets``, or takes them away, and back afterwards: other compilers do not see them.
 
     The marks belong to the process. Blocks of one thread nest; a second thread waits until the first has left its
     outermost block, because neither may see the other's marks.
     """
     with _marking:
-        marked, targets = fx_node._side_effectful_functions, _targets()
+        marked = fx_node._side_effectful_functions
         changed = targets - marked if enabled else targets & marked
         marked.symmetric_difference_update(changed)
         try:

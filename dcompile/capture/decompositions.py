@@ -33,6 +33,7 @@ KEPT: dict[str, str] = {
     "native_dropout": "the lowering draws from its own seeded counter-based generator, equal on recomputation",
     "convolution_backward": "library call that returns all three gradients from one setup",
     "max_pool2d_with_indices": "library kernel; there is no lowering rule for windows",
+    "select_scatter": "a write into a view where the result replaces its operand",
     "index_add": "one scatter-add lowering rule, accumulating in one pass",
     "bernoulli": "drawn by the lowering's generator",
 }

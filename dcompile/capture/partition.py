@@ -12,7 +12,7 @@ from torch._functorch import config as functorch_config
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._ops import OpOverload
 
-from dcompile.capture.comm import collectives_have_effects, communication, eliminate_dead_code
+from dcompile.capture.comm import acts, collectives_have_effects, communication, eliminate_dead_code
 from dcompile.capture.cse import merge_equal
 from dcompile.capture.origins import mark_sources
 from dcompile.capture.outputs import edit_outputs, outputs_of
@@ -29,14 +29,14 @@ def partition(
 ) -> tuple[fx.GraphModule, fx.GraphModule]:
     """Forward and backward graph of ``joint``; cheap forward work is recomputed where that saves memory.
 
-    PyTorch's min-cut partitioner decides what to save. It drops communication that reaches no output; here such nodes
+    PyTorch's min-cut partitioner decides what to save. It drops actions that reach no output; here such nodes
     are outputs while it runs and lose that role afterwards, so each is kept in the graph it belongs to. Collectives are
     never recomputed.
     """
     mark_sources(joint)
     merge_equal(joint)
     _save_random_values(joint)
-    forward, backward = _unused_communication(joint)
+    forward, backward = _unused_actions(joint)
     _add_outputs(joint, num_fwd_outputs, forward, backward)
     known = {name: value for name, value in options.items() if name in _ACCEPTED}
     with functorch_config.patch(cse=False), collectives_have_effects(False):
@@ -66,8 +66,8 @@ def _save_random_values(joint: fx.GraphModule) -> None:
                 tagged.meta.pop("recompute", None)
 
 
-def _unused_communication(joint: fx.GraphModule) -> tuple[list[fx.Node], list[fx.Node]]:
-    """Tensors that hold alive all communication no output needs: those of the forward, those of the backward."""
+def _unused_actions(joint: fx.GraphModule) -> tuple[list[fx.Node], list[fx.Node]]:
+    """Nodes that hold alive everything that acts and no output needs: those of the forward, those of the backward."""
     live: set[fx.Node] = set()
     for node in reversed(joint.graph.nodes):
         if node.op == "output" or any(user in live for user in node.users):
@@ -78,7 +78,7 @@ def _unused_communication(joint: fx.GraphModule) -> tuple[list[fx.Node], list[fx
     for node in list(joint.graph.nodes):
         if _starts_backward(node) or any(source in backward_nodes for source in node.all_input_nodes):
             backward_nodes.add(node)
-        if communication(node) and node not in live and not _feeds_communication(node):
+        if acts(node) and node not in live and not (communication(node) and _feeds_communication(node)):
             (backward if node in backward_nodes else forward).append(_tensor_of(node))
     return forward, backward
 
@@ -110,9 +110,10 @@ def _tensor_of(node: fx.Node) -> fx.Node:
     for user in node.users:
         if user.target is operator.getitem:
             return user
+    first = next(n for n, item in enumerate(value) if item is not None)
     with node.graph.inserting_after(node):
-        item: fx.Node = node.graph.call_function(operator.getitem, (node, 0))
-    item.meta = {**node.meta, "val": value[0]}
+        item: fx.Node = node.graph.call_function(operator.getitem, (node, first))
+    item.meta = {**node.meta, "val": value[first]}
     return item
 
 

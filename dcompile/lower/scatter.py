@@ -22,6 +22,9 @@ def _scratch(b: Lowering, out: Value, suffix: str, expr: Expr) -> Value:
 
 
 def _copied(b: Lowering, x: Value) -> Value:
+    """What the current op writes into: ``x`` itself if it works in place, else a copy."""
+    if str(b.node.target).split(".")[1].endswith("_"):
+        return x
     return _scratch(b, b.out, "copy", b.element(x, b.out.shape))
 
 
@@ -59,7 +62,7 @@ def embedding_backward(
 # index_put -----------------------------------------------------------------------------------------------------------
 
 
-@rule("index_put", "_unsafe_index_put")
+@rule("index_put", "index_put_", "_unsafe_index_put")
 def index_put(b: Lowering, x: Value, indices: Any, values: Value, accumulate: bool = False) -> Value:
     found = advanced(x, indices)
     expr = b.element(values, found.shape, x.dtype)
@@ -67,21 +70,14 @@ def index_put(b: Lowering, x: Value, indices: Any, values: Value, accumulate: bo
     return b.store(_copied(b, x), found.shape, found.where, expr, found.bind, mode, name=b.out.name)
 
 
-@rule("index_put_")
-def index_put_in_place(b: Lowering, x: Value, indices: Any, values: Value, accumulate: bool = False) -> Value:
-    found = advanced(x, indices)
-    expr = b.element(values, found.shape, x.dtype)
-    return b.store(x, found.shape, found.where, expr, found.bind, "add" if accumulate else "set", name=b.out.name)
-
-
-@rule("index_add")
+@rule("index_add", "index_add_")
 def index_add(b: Lowering, x: Value, dim: Any, places: Value, source: Value, alpha: Any = 1) -> Value:
     if not x.shape or not places.shape or alpha != 1 or x.dtype is DType.BOOL:
         raise NoRule
     return _index_write(b, x, dim, places, b.element(source, source.shape, x.dtype), source.shape, "add")
 
 
-@rule("index_copy")
+@rule("index_copy", "index_copy_")
 def index_copy(b: Lowering, x: Value, dim: Any, places: Value, source: Value) -> Value:
     if not x.shape or not places.shape:
         raise NoRule
@@ -113,26 +109,26 @@ def _scatter(b: Lowering, x: Value, dim: Any, places: Value, source: Any, mode: 
     return b.store(_copied(b, x), places.shape, where, expr, (place,), mode, name=b.out.name)
 
 
-@rule("scatter.src", "scatter.value")
+@rule("scatter.src", "scatter.value", "scatter_.src", "scatter_.value")
 def scatter(b: Lowering, x: Value, dim: Any, places: Value, source: Any) -> Value:
     return _scatter(b, x, dim, places, source, "set")
 
 
-@rule("scatter_add")
+@rule("scatter_add", "scatter_add_")
 def scatter_add(b: Lowering, x: Value, dim: Any, places: Value, source: Any) -> Value:
     if x.dtype is DType.BOOL:
         raise NoRule
     return _scatter(b, x, dim, places, source, "add")
 
 
-@rule("scatter.reduce", "scatter.value_reduce")
+@rule("scatter.reduce", "scatter.value_reduce", "scatter_.reduce", "scatter_.value_reduce")
 def scatter_with(b: Lowering, x: Value, dim: Any, places: Value, source: Any, reduce: str) -> Value:
     if reduce != "add":
         raise NoRule
     return scatter_add(b, x, dim, places, source)
 
 
-@rule("scatter_reduce.two")
+@rule("scatter_reduce.two", "scatter_reduce_.two")
 def scatter_reduce(
     b: Lowering, x: Value, dim: Any, places: Value, source: Any, reduce: str, include_self: bool = True
 ) -> Value:
@@ -192,6 +188,21 @@ def select_scatter(b: Lowering, x: Value, source: Value, dim: Any, position: Any
     condition = op("eq", index(here[dim]), index(as_expr(where)))
     del here[dim]
     return _overwritten(b, x, source, [condition], tuple(here))
+
+
+@rule("diagonal_scatter")
+def diagonal_scatter(b: Lowering, x: Value, source: Value, offset: Any = 0, dim1: Any = 0, dim2: Any = 1) -> Value:
+    here, rank = list(loop_index(x.shape)), len(x.shape)
+    first, second = int(dim1) % rank, int(dim2) % rank
+    along = sympy.sympify(here[first] - max(-offset, 0))
+    conditions = [op("eq", index(sympy.sympify(here[second] - max(offset, 0))), index(along))]
+    conditions += _between(along, 0, source.shape[-1], x.shape[first])
+    if offset < 0:
+        conditions.append(op("ge", index(along), const(0, DType.I64)))
+    if any(n == 0 for n in source.shape):
+        return b.pointwise(b.out, b.element(x, x.shape))
+    others = [at for d, at in enumerate(here) if d not in (first, second)]
+    return _overwritten(b, x, source, conditions, (*others, ZERO if source.shape[-1] == 1 else along))
 
 
 @rule("constant_pad_nd")

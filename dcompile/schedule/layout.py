@@ -53,11 +53,16 @@ def _input_order(graph: Graph, node: Pointwise, changed: dict[str, Value]) -> tu
             continue
         value = changed.get(load.buffer) or graph.value(load.buffer)
         steps = {dims[at]: hint(step, graph.size_hints) for at, step in zip(load.index, value.stride, strict=True)}
-        order = tuple(sorted(range(len(dims)), key=lambda d: (-steps[d], d)))
+        order = dimension_order(tuple(steps[d] for d in range(len(dims))))
         size = hint(value.nbytes, graph.size_hints)
         if best is None or size > best[0]:
             best = (size, order)
     return best[1] if best else None
+
+
+def dimension_order(stride: tuple[int, ...]) -> tuple[int, ...]:
+    """Dimensions outermost first as ``stride`` stores them; equal strides keep their order."""
+    return tuple(sorted(range(len(stride)), key=lambda d: (-stride[d], d)))
 
 
 def dense_stride(shape: tuple[Size, ...], order: tuple[int, ...]) -> tuple[Size, ...]:

@@ -1,0 +1,57 @@
+"""Custom ops that row tests call. Importing this module registers them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+LIBRARY = torch.library.Library("dcompile_rows", "DEF")
+
+
+def define(schema: str, function: object, fake: object) -> None:
+    """Register an op for every device, and what it gives for fake tensors."""
+    name = schema.split("(")[0]
+    LIBRARY.define(schema)
+    LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"dcompile_rows::{name}", fake, lib=LIBRARY)
+
+
+NOTED: list[int] = []
+"""Numbers of elements ``note`` was called with."""
+
+
+def _note(x: Tensor) -> None:
+    NOTED.append(x.numel())
+
+
+define("note(Tensor x) -> ()", _note, lambda x: None)
+
+
+def _bump(x: Tensor) -> None:
+    x.add_(1)
+
+
+def _two_of_three(a: Tensor, b: Tensor, c: Tensor) -> None:
+    a.add_(c)
+    b.mul_(c)
+
+
+def _halve(x: Tensor, y: Tensor) -> Tensor:
+    x.mul_(0.5)
+    return x + y
+
+
+def _double_all(xs: list[Tensor]) -> None:
+    for x in xs:
+        x.mul_(2)
+
+
+def _fill(x: Tensor, v: float) -> None:
+    x.fill_(v)
+
+
+define("bump(Tensor(a!) x) -> ()", _bump, lambda x: None)
+define("two_of_three(Tensor(a!) a, Tensor(b!) b, Tensor c) -> ()", _two_of_three, lambda a, b, c: None)
+define("halve(Tensor(a!) x, Tensor y) -> Tensor", _halve, lambda x, y: torch.empty_like(x))
+define("double_all(Tensor(a!)[] xs) -> ()", _double_all, lambda xs: None)
+define("fill_(Tensor(a!) x, float v) -> ()", _fill, lambda x, v: None)
