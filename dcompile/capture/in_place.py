@@ -50,11 +50,16 @@ _OF_AN_INPUT = (OutputType.alias_of_input, OutputType.is_input)
 
 @dataclass(frozen=True)
 class _Step:
-    """A node that gives a new version of a tensor: ``result`` is ``base`` changed by ``node``."""
+    """A node that gives a new version of a tensor: ``result`` is its ``number``-th base changed by ``node``."""
 
     node: fx.Node
     base: fx.Node
+    number: int
     result: fx.Node
+
+
+_Spot = tuple[fx.Node, int]
+"""A node and one of its bases by number; rewriting replaces the bases themselves."""
 
 
 def write_in_place(gm: fx.GraphModule) -> None:
@@ -68,17 +73,17 @@ def write_in_place(gm: fx.GraphModule) -> None:
         return
     storages = Storages(gm)
     apart = _returned_apart(gm)
-    overwritten: set[tuple[fx.Node, fx.Node]] = set()
+    overwritten: set[_Spot] = set()
     for copy in [node for node in gm.graph.nodes if node.target is aten.copy_.default]:
         overwritten |= _overwritten_inputs(copy, steps, storages, apart)
     for step in steps.values():
         if _is_functionalised(step.node) and _dies(step, storages):
-            overwritten.add((step.node, step.base))
+            overwritten.add((step.node, step.number))
             storages.join(step.base, step.result)
     for node in list(gm.graph.nodes):
         if _is_functionalised(node):
             _Call(node, overwritten).write()
-        elif node in steps and (node, steps[node].base) in overwritten:
+        elif node in steps and (node, 0) in overwritten:
             _write(node)
     _drop_copies_onto_themselves(gm)
     gm.graph.lint()
@@ -88,12 +93,13 @@ def _steps(gm: fx.GraphModule) -> list[_Step]:
     found = []
     for node in gm.graph.nodes:
         if node.target in _VIEW_OF or node.target in _WRITES:
-            found.append(_Step(node, node.args[0], node))
+            found.append(_Step(node, node.args[0], 0, node))
         elif _is_functionalised(node):
             bases, first = node.kwargs.get("_all_bases", ()), _first_base(node)
             for user in node.users:
                 if user.target is operator.getitem and user.args[1] >= first:
-                    found.append(_Step(node, bases[user.args[1] - first], user))
+                    number = user.args[1] - first
+                    found.append(_Step(node, bases[number], number, user))
     return found
 
 
@@ -123,7 +129,7 @@ def _returned_apart(gm: fx.GraphModule) -> set[fx.Node]:
 
 def _overwritten_inputs(
     copy: fx.Node, steps: dict[fx.Node, _Step], storages: Storages, apart: set[fx.Node]
-) -> set[tuple[fx.Node, fx.Node]]:
+) -> set[_Spot]:
     """The steps that lead from an input to what ``copy`` writes over it, if all may work in the input's memory."""
     target, at = copy.args[:2]
     if not isinstance(target, fx.Node) or target.op != "placeholder":
@@ -145,7 +151,7 @@ def _overwritten_inputs(
         return set()
     for step in chain:
         storages.join(target, step.result)
-    return {(step.node, step.base) for step in chain}
+    return {(step.node, step.number) for step in chain}
 
 
 def _same_place(a: fx.Node, b: fx.Node) -> bool:
@@ -209,13 +215,13 @@ def _view_value(target: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 class _Call:
     """One ``auto_functionalized_v2`` node, about to become a call of the op it names."""
 
-    def __init__(self, node: fx.Node, overwritten: set[tuple[fx.Node, fx.Node]]) -> None:
+    def __init__(self, node: fx.Node, overwritten: set[_Spot]) -> None:
         self.node, self.graph = node, node.graph
         self.op: Any = node.args[0]
         self.given = dict(node.kwargs)
         bases: Any = self.given.pop("_all_bases", ())
         self.bases: tuple[fx.Node, ...] = tuple(bases)
-        self.in_place = [(node, base) in overwritten for base in self.bases]
+        self.in_place = [(node, number) in overwritten for number in range(len(self.bases))]
         self.targets: list[fx.Node] = []
 
     def write(self) -> None:

@@ -45,7 +45,7 @@ def inline_pointwise(graph: Graph, ctx: Context) -> Graph:
             assert isinstance(producer, Pointwise)
             reason = _refusal(graph, producer, nodes[position], name)
             if reason is None and _crosses_write(producer, source, position, roots, writes):
-                reason = "its inputs are written in between"
+                reason = "its inputs or its memory are written in between"
             merged = _inline(nodes[position], producer) if reason is None else nodes[position]
             if reason is None and isinstance(merged, Store) and reads_elsewhere(merged, roots):
                 reason = "the store overwrites elements it would still read"
@@ -162,6 +162,6 @@ def _write_positions(graph: Graph, roots: dict[str, str]) -> dict[str, list[int]
 def _crosses_write(
     producer: Pointwise, start: int, end: int, roots: dict[str, str], writes: dict[str, list[int]]
 ) -> bool:
-    return any(
-        start < position < end for name in producer.operands for position in writes.get(roots.get(name, name), ())
-    )
+    """Whether what ``producer`` read, or what it made (through a view), is written between it and its reader."""
+    names = (*producer.operands, producer.out.name)
+    return any(start < position < end for name in names for position in writes.get(roots.get(name, name), ()))

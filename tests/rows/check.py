@@ -312,7 +312,7 @@ def seen_stride(tensor: Tensor) -> list[int]:
 
 def sharing(tree: Any) -> list[tuple[int, int]]:
     """For each tensor, in order: the first tensor in the same storage, and the bytes from there to here."""
-    found = [t for t in tensors_in(tree) if t.untyped_storage().nbytes()]
+    found = [t for t in tensors_in(tree) if t.numel() and t.untyped_storage().nbytes()]
     homes: dict[int, int] = {}
     signature = []
     for n, tensor in enumerate(found):

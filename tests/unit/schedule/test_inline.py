@@ -92,3 +92,15 @@ def test_a_gather_inlines_its_index_computation() -> None:
     after = inline_pointwise(before, context())
     assert len(after.nodes) == 1
     assert_same_numbers(before, after)
+
+
+def test_a_value_written_through_a_view_is_read_from_memory() -> None:
+    text = """
+    graph f(x: f32[4]) {
+      a: f32[4] = pointwise (i0: 4) x[i0] + 1.0:f32
+      v: f32[2] = view a (i0: 2) -> [i0]
+      extern dcompile_rows.bump.default(%v) writes (v) versions (w: f32[2])
+      b: f32[4] = pointwise (i0: 4) a[i0] * 2.0:f32
+      return %b
+    }"""
+    assert apply(inline_pointwise, text) == same(text)
