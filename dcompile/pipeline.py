@@ -30,7 +30,7 @@ from dcompile.counters import TALLY
 from dcompile.errors import CompilerBug, DCompileError, ToolchainError
 from dcompile.ir.graph import Graph
 from dcompile.ir.kernel import Kernel
-from dcompile.ir.nodes import Extern, Node, Pack, Pointwise, Reduction, Store, View, calls_programs
+from dcompile.ir.nodes import Extern, Loop, Node, Pack, Pointwise, Reduction, Scan, Store, View, calls_programs
 from dcompile.ir.symbolic import is_check, reads_numbers
 from dcompile.ir.types import Value
 from dcompile.lower import Extra, Lowered, SizeOf, lower
@@ -79,7 +79,7 @@ class Level(Enum):
 
 _COMMON: tuple[type[Node], ...] = (View, Pack, Extern, Start, Wait)
 _ALLOWED: dict[Level, tuple[type[Node], ...]] = {
-    Level.LOOPS: (*_COMMON, Pointwise, Reduction, Store),
+    Level.LOOPS: (*_COMMON, Pointwise, Reduction, Scan, Store),
     Level.KERNELS: (*_COMMON, Kernel),
     Level.ORDERED: (*_COMMON, Kernel),
 }
@@ -407,7 +407,7 @@ def _why_no_kernels(graph: Graph, options: Options) -> str | None:
         if triton_fingerprint() is None:
             return "GPU kernels need Triton and a CUDA device"
         for node in graph.nodes:
-            if isinstance(node, Pointwise | Reduction | Store) and len(mixed := _touched(graph, node)) > 1:
+            if isinstance(node, Loop) and len(mixed := _touched(graph, node)) > 1:
                 return f"{', '.join(node.origin.ops)} mixes tensors of {' and '.join(sorted(mixed))}"
     if "cpu" in _loop_devices(graph):
         try:
@@ -423,12 +423,12 @@ def _devices(graph: Graph) -> set[str]:
 
 def _loop_devices(graph: Graph) -> set[str]:
     """Devices that kernels are compiled for; copies of views on a device become kernels too."""
-    return {n.out.device for n in graph.nodes if isinstance(n, Pointwise | Reduction | Store | View)}
+    return {n.defs[0].device for n in graph.nodes if isinstance(n, Loop | View)}
 
 
-def _touched(graph: Graph, node: Pointwise | Reduction | Store) -> set[str]:
+def _touched(graph: Graph, node: Loop) -> set[str]:
     """Devices of the tensors a loop reads and writes."""
-    return {node.out.device} | {graph.value(name).device for name in node.operands}
+    return {node.defs[0].device} | {graph.value(name).device for name in node.operands}
 
 
 def _op_by_op(gm: fx.GraphModule, name: str, reason: str, lowered: Lowered, options: Options) -> Built:

@@ -17,9 +17,10 @@ from dcompile.collectives.group import Group
 from dcompile.collectives.nodes import Kind, Pending, Start, Wait
 from dcompile.collectives.rules import RULES, result_value
 from dcompile.ir import expr as ex
+from dcompile.ir.combine import neutral, rule
 from dcompile.ir.graph import Graph, SizeInput
 from dcompile.ir.index import as_expr, as_size, flatten_index, product, symbol, unflatten
-from dcompile.ir.nodes import Axis, Extern, Node, Pack, Pointwise, Reduction, Ref, Store, View
+from dcompile.ir.nodes import Axis, Extern, Node, Pack, Pointwise, Reduction, Ref, Scan, Store, View
 from dcompile.ir.types import DType, Origin, Size, Value, contiguous_stride
 from tests.inputs import assert_same, copy_inputs, random_inputs
 
@@ -183,6 +184,41 @@ def _reduction(b: _Builder) -> bool:
     out = contiguous(b.name(), tuple(n for _, n in axes))
     kind = b.pick(("sum", "max", "min"))
     b.emit(Reduction(out=out, kind=kind, axes=axes, raxes=raxes, expr=expr, origin=b.origin(kind)), out)
+    return True
+
+
+def _moments(b: _Builder) -> bool:
+    found = b.readable(lambda v: len(v.shape) > 0)
+    if not found:
+        return False
+    shape = b.pick(found).value.shape
+    axes = _axes(shape[:-1])
+    raxes = ((symbol("r0"), shape[-1]),)
+    expr = _expr(b, shape, tuple(v for v, _ in (*axes, *raxes)))
+    out, *more = (contiguous(b.name(), shape[:-1]) for _ in range(3))
+    node = Reduction(
+        out=out, more=tuple(more), kind="welford", axes=axes, raxes=raxes, expr=expr, origin=b.origin("var_mean")
+    )
+    b.emit(node, out)
+    b.entries += [_Entry(value, value.name) for value in more]
+    return True
+
+
+def _scan(b: _Builder) -> bool:
+    found = b.readable(lambda v: len(v.shape) > 0)
+    if not found:
+        return False
+    shape = b.pick(found).value.shape
+    axes = _axes(shape)
+    along = axes[b.draw(st.integers(0, len(shape) - 1))][0]
+    kind = b.pick(("sum", "max"))
+    out = contiguous(b.name(), shape)
+    expr = _expr(b, shape, tuple(v for v, _ in axes))
+    start = neutral(kind, F32) if b.chance() else ()
+    node = Scan(
+        outs=(out,), axes=axes, along=along, exprs=(expr,), combine=rule(kind, F32), start=start, origin=b.origin(kind)
+    )
+    b.emit(node, out)
     return True
 
 
@@ -370,7 +406,7 @@ def _storage_of(b: _Builder, name: str, candidates: list[str]) -> str:
     return name
 
 
-_PLAIN = (_pointwise, _pointwise, _pointwise, _reduction, _view, _view, _mm, _relu, _pack)
+_PLAIN = (_pointwise, _pointwise, _pointwise, _reduction, _view, _view, _mm, _relu, _pack, _moments, _scan)
 _MUTATING = (_store, _store, _mutating_extern)
 _COMMUNICATING = (_start, _start, _wait)
 

@@ -8,9 +8,13 @@ from math import prod
 
 from dcompile.ir import expr as ex
 from dcompile.ir.graph import Graph, hint
-from dcompile.ir.kernel import Fold, Kernel, Let, Nest, Stmt, Write
-from dcompile.ir.nodes import Axis, Extern, Node, Pack, Pointwise, Reduction, Ref, Store
+from dcompile.ir.kernel import Fold, Kernel, Let, Nest, ScanLoop, Stmt, Write
+from dcompile.ir.nodes import Axis, Extern, Node, Pack, Pointwise, Reduction, Ref, Scan, Store
+from dcompile.ir.ops import WELFORD
 from dcompile.ir.types import DType, Value
+
+WELFORD_FLOPS = 4
+"""Arithmetic of one element of mean and variance: a subtraction, an addition and a fused multiply-add."""
 
 
 @dataclass
@@ -34,7 +38,7 @@ def work(node: Node, graph: Graph) -> Work:
     """The work of a loop node, kernel, pack or library call; none for views and collectives."""
     if isinstance(node, Kernel):
         return _Loops(graph).kernel(node)
-    if isinstance(node, Pointwise | Reduction | Store):
+    if isinstance(node, Pointwise | Reduction | Scan | Store):
         return _Loops(graph).loop(node)
     if isinstance(node, Pack):
         copied = (part for part in node.parts if not is_placed(part, node, graph))
@@ -58,7 +62,7 @@ def is_placed(part: str, pack: Pack, graph: Graph) -> bool:
     position = graph.producer.get(part)
     if position is None or part in graph.output_names or pack.parts.count(part) > 1:
         return False
-    makes = isinstance(graph.nodes[position], Kernel | Pointwise | Reduction | Extern)
+    makes = isinstance(graph.nodes[position], Kernel | Pointwise | Reduction | Scan | Extern)
     return makes and len(graph.users[part]) == 1
 
 
@@ -81,13 +85,19 @@ class _Loops:
         operands = [name for name in node.operands if name not in own and name in self.elements]
         return self.total([*values.values(), *(self.graph.value(name) for name in operands)])
 
-    def loop(self, node: Pointwise | Reduction | Store) -> Work:
+    def loop(self, node: Pointwise | Reduction | Scan | Store) -> Work:
         axes = node.axes + node.raxes if isinstance(node, Reduction) else node.axes
         times = self.times(axes)
-        self.expression(node.expr, times)
+        for root in node.exprs if isinstance(node, Reduction | Scan) else (node.expr,):
+            self.expression(root, times)
         if isinstance(node, Reduction):
-            self.flops += times
-            self.touch(node.out.name, self.times(node.axes))
+            self.flops += times * (WELFORD_FLOPS if node.kind in WELFORD else 1)
+            for value in node.defs:
+                self.touch(value.name, self.times(node.axes))
+        elif isinstance(node, Scan):
+            self.flops += times * sum(ex.flops(rule) for rule in node.combine)
+            for value in node.outs:
+                self.touch(value.name, times)
         elif isinstance(node, Store):
             for bound in node.bind:
                 self.expression(bound, times)
@@ -95,7 +105,8 @@ class _Loops:
             self.touch(node.out.name, times * (2 if node.mode == "add" else 1) + self.elements.pop(node.target, 0.0))
         else:
             self.touch(node.out.name, times)
-        return self.total([node.out, *(self.graph.value(name) for name in node.operands if name in self.elements)])
+        made = [value for value in node.defs if isinstance(value, Value)]
+        return self.total([*made, *(self.graph.value(name) for name in node.operands if name in self.elements)])
 
     def total(self, values: Sequence[Value]) -> Work:
         nbytes = 0.0
@@ -115,8 +126,15 @@ class _Loops:
             elif isinstance(stmt, Fold):
                 inner = times * self.times(stmt.axes)
                 for accumulator in stmt.accumulators:
-                    self.expression(accumulator.expr, inner)
-                    self.flops += inner
+                    for root in accumulator.exprs:
+                        self.expression(root, inner)
+                    self.flops += inner * (WELFORD_FLOPS if accumulator.kind in WELFORD else 1)
+                self.body((*stmt.lets, *stmt.writes), inner)
+            elif isinstance(stmt, ScanLoop):
+                inner = times * self.times(stmt.axes)
+                for root in stmt.exprs:
+                    self.expression(root, inner)
+                self.flops += inner * sum(ex.flops(rule) for rule in stmt.combine)
                 self.body((*stmt.lets, *stmt.writes), inner)
 
     def write(self, stmt: Write, times: float) -> None:

@@ -8,6 +8,7 @@ SIAM J. Sci. Comput. 14, 1993).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dcompile.codegen.cpp_types import literal, register_type
@@ -31,6 +32,9 @@ INTEGER_RANGE = {
     DType.U8: (0, 255),
     DType.BOOL: (0, 1),
 }
+
+
+_BOOL_SIGN = {"prod": "&", "xor": "^"}
 
 
 @dataclass(frozen=True)
@@ -89,9 +93,10 @@ class Folding:
         if self.best is not None:
             return (Variable("", self.type, self._worst, self.best),)
         zero, one = literal(0, self.dtype), literal(1, self.dtype)
-        start, clause = {"sum": (zero, "+"), "prod": (one, "*"), "any": ("false", "|")}[self.acc.kind]
+        starts = {"sum": (zero, "+"), "prod": (one, "*"), "any": ("false", "|"), "xor": (zero, "^")}
+        start, clause = starts[self.acc.kind]
         if self.dtype is DType.BOOL:
-            clause = {"+": "|", "*": "&", "|": "|"}[clause]
+            clause = {"+": "|", "*": "&"}.get(clause, clause)
         return (Variable("", self.type, start, clause),)
 
     @property
@@ -109,9 +114,9 @@ class Folding:
             return ()
         return tuple(f"reduction({v.clause}:{self.name}{v.suffix})" for v in self.inner)
 
-    def update(self, value: str, position: str, at: str = "") -> list[str]:
+    def update(self, values: Sequence[str], position: str, at: str = "") -> list[str]:
         """Statements that take one element in; ``at`` is the subscript of lane arrays."""
-        name = self.name + at
+        name, value = self.name + at, values[0]
         if self.is_arg:
             return self._take_best(f"{self.name}_best{at}", name, value, position)
         if self.best is not None:
@@ -136,15 +141,15 @@ class Folding:
 
     def _combine(self, a: str, b: str) -> str:
         if self.dtype is DType.BOOL:
-            return f"(bool)({a} {'&' if self.acc.kind == 'prod' else '|'} {b})"
-        sign = {"sum": "+", "prod": "*"}.get(self.acc.kind)
+            return f"(bool)({a} {_BOOL_SIGN.get(self.acc.kind, '|')} {b})"
+        sign = {"sum": "+", "prod": "*", "xor": "^"}.get(self.acc.kind)
         if sign is None:
             raise CompilerBug(f"fold {self.acc.kind} of {self.dtype.value}")
         return f"({self.type})({a} {sign} {b})" if self.dtype.is_int and self.dtype.itemsize < 4 else f"{a} {sign} {b}"
 
-    def close_block(self, at: str = "") -> str:
-        """The statement that adds a finished block to the total."""
-        return f"{self.name}_total{at} += {self.name}{at};"
+    def close_block(self, at: str = "") -> list[str]:
+        """Statements that add a finished block to the total."""
+        return [f"{self.name}_total{at} += {self.name}{at};"]
 
     def merge(self, part: str, at: str) -> list[str]:
         """Statements that take in the later partial result ``part``, whose arrays are subscripted by ``at``."""
@@ -157,8 +162,11 @@ class Folding:
             return lines + ([f"{self.name}_nan |= {part}_nan{at};"] if self.dtype.is_float else [])
         return [f"{self.name} = {self._combine(self.name, part + at)};"]
 
-    def result(self, at: str = "") -> str:
-        """The finished value."""
+    def results(self, at: str = "") -> tuple[str, ...]:
+        """The finished values, one a result of the kind."""
+        return (self._result(at),)
+
+    def _result(self, at: str) -> str:
         if self.is_arg:
             return self.name + at
         if self.best is not None and self.dtype.is_float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import sympy
 
@@ -21,11 +22,13 @@ from dcompile.codegen.cpp_loops import (
     splits,
     volume,
 )
+from dcompile.codegen.cpp_scan import scan_loop
 from dcompile.codegen.cpp_scope import Emitter
 from dcompile.codegen.cpp_strip import StripPrinter
 from dcompile.codegen.cpp_types import register_type, storage_type
+from dcompile.codegen.cpp_welford import SAMPLES, ShiftedMoments, folding
 from dcompile.ir.index import as_expr
-from dcompile.ir.kernel import Fold, Let, Nest, Role, Scratch, Stmt, Write
+from dcompile.ir.kernel import Fold, Let, Nest, Role, ScanLoop, Scratch, Stmt, Write
 from dcompile.ir.nodes import Axis
 from dcompile.ir.types import Size
 
@@ -67,6 +70,8 @@ class Printer:
                 self.let(stmt)
             elif isinstance(stmt, Write):
                 self.write(stmt)
+            elif isinstance(stmt, ScanLoop):
+                scan_loop(self, stmt)
             else:
                 self.scratch(stmt)
 
@@ -196,7 +201,7 @@ class Printer:
     def fold(self, stmt: Fold) -> None:
         names = [self.out.fresh("v") for _ in stmt.accumulators]
         blocked = splits(stmt.axes, block_size(stmt.roles))
-        folds = [Folding(acc, name, blocked) for acc, name in zip(stmt.accumulators, names, strict=True)]
+        folds = [folding(acc, name, blocked) for acc, name in zip(stmt.accumulators, names, strict=True)]
         for fold in folds:
             for variable in fold.variables:
                 self.out.line(f"{variable.type} {fold.name}{variable.suffix} = {variable.start};")
@@ -209,11 +214,11 @@ class Printer:
         else:
             self._fold_chunks(stmt, folds, clause)
         for acc, fold in zip(stmt.accumulators, folds, strict=True):
-            result = fold.result()
-            if result != fold.name:
-                self.out.line(f"const {register_type(acc.dtype)} {(done := self.out.fresh('t'))} = {result};")
-                result = done
-            self.out.bind_local(acc.name, result)
+            for name, result in zip(acc.names, fold.results(), strict=True):
+                if result != fold.name:
+                    self.out.line(f"const {register_type(acc.dtype)} {(done := self.out.fresh('t'))} = {result};")
+                    result = done
+                self.out.bind_local(name, result)
 
     def _fold_chunks(self, stmt: Fold, folds: list[Folding], clause: str) -> None:
         """The first axis in ``CHUNKS`` pieces, one partial result each, combined in order."""
@@ -224,7 +229,7 @@ class Printer:
                 self.out.line(f"{variable.type} {fold.name}_part{variable.suffix}[{CHUNKS}];")
         with self.out.scope(certain=False) as inner:
             outer = self._spread((stmt.axes[0][0],), True)
-            parts = [Folding(fold.acc, fold.name + "_own", fold.blocked) for fold in folds]
+            parts = [folding(fold.acc, fold.name + "_own", fold.blocked) for fold in folds]
             for part in parts:
                 for variable in part.variables:
                     self.out.line(f"{variable.type} {part.name}{variable.suffix} = {variable.start};")
@@ -280,11 +285,56 @@ class Printer:
                     for variable in fold.inner:
                         self.out.line(f"{variable.type} {fold.name}{variable.suffix} = {variable.start};")
             self.out.line(f"const int64_t {start}_end = dc::min_index({start} + {step}, {end});")
+            moments = [fold for fold in folds if isinstance(fold, ShiftedMoments)]
+            for fold in moments:
+                self._choose_shift(stmt, fold, level, start)
             self._fold_axis(stmt, folds, level, None, start, f"{start}_end")
+            self._close_moments(stmt, moments, level, start)
             for fold in folds:
-                if fold.blocked:
-                    self.out.line(fold.close_block())
+                if fold.blocked and fold not in moments:
+                    self.out.scopes[-1].lines.extend(fold.close_block())
         self.out.block(f"for (int64_t {start} = {begin}; {start} < {end}; {start} += {step})", inner)
+
+    def _choose_shift(self, stmt: Fold, fold: ShiftedMoments, level: int, start: str) -> None:
+        """The running mean, or the mean of a few elements of the block where there is none yet."""
+        self.out.line(f"{fold.type} {fold.shift} = ({fold.type}){fold.name}_mean;")
+        with self.out.scope(certain=False) as inner:
+            head = self.enter_sample(stmt.axes[level:], start)
+            for let in stmt.lets:
+                self.let(let)
+            self.out.line(fold.sample(self.out.value(fold.acc.expr)))
+            del self.open_axes[len(self.open_axes) - len(stmt.axes[level:]) :]
+        with self.out.scope(certain=False) as guarded:
+            self.out.block(head, inner)
+            self.out.line(fold.finite())
+        self.out.block(f"if ({fold.name}_n == 0.0)", guarded)
+
+    def enter_sample(self, axes: tuple[Axis, ...], start: str) -> str:
+        """Open ``axes`` at a sampled position of the block from ``start``; gives the head of the loop over samples."""
+        sample = self.out.fresh("k")
+        for at, (var, extent) in enumerate(axes):
+            text = self.enter(var, extent)
+            place = f"{start} + ({start}_end - 1 - {start}) * {sample} / {SAMPLES - 1}" if at == 0 else "0"
+            self.out.line(f"const int64_t {text} = {place};")
+        return for_text(sample, "0", str(SAMPLES))
+
+    def _close_moments(self, stmt: Fold, moments: list[ShiftedMoments], level: int, start: str) -> None:
+        """Blocks whose shift lay far off are summed again, then all enter their totals."""
+        if not moments:
+            return
+        count = self.block_count(stmt.axes, level, start)
+        with self.out.scope(certain=False) as inner:
+            for fold in moments:
+                self.out.scopes[-1].lines.extend(fold.again(count))
+            only = replace(stmt, accumulators=tuple(fold.acc for fold in moments), writes=())
+            self._fold_axis(only, list(moments), level, None, start, f"{start}_end")
+        self.out.block(f"if ({' || '.join(fold.cancels(count) for fold in moments)})", inner)
+        for fold in moments:
+            self.out.scopes[-1].lines.extend(fold.close_counted(count))
+
+    def block_count(self, axes: tuple[Axis, ...], level: int, start: str) -> str:
+        """Elements of the block of axis ``level`` from ``start``."""
+        return " * ".join([f"({start}_end - {start})", *(self.size(extent) for _, extent in axes[level + 1 :])])
 
     def _fold_pragma(self, stmt: Fold, folds: list[Folding], lines: list[str]) -> None:
         var = stmt.axes[-1][0]
@@ -300,7 +350,7 @@ class Printer:
             self.let(let)
         position = self.out.index(row_major(stmt.axes)) if any(fold.is_arg for fold in folds) else "0"
         for fold in folds:
-            for text in fold.update(self.out.value(fold.acc.expr), position):
+            for text in fold.update([self.out.value(e) for e in fold.acc.exprs], position):
                 self.out.line(text)
         for write in stmt.writes:
             self.write(write)

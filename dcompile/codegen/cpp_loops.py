@@ -8,7 +8,7 @@ import sympy
 
 from dcompile.codegen.cpp_fold import BLOCK, SERIAL_BLOCK
 from dcompile.ir.index import as_expr, stride_of
-from dcompile.ir.kernel import Fold, Nest, Role, Stmt, Write
+from dcompile.ir.kernel import Fold, Nest, Role, ScanLoop, Stmt, Write
 from dcompile.ir.nodes import Axis
 from dcompile.ir.types import Size
 
@@ -32,7 +32,8 @@ def volume(axes: tuple[Axis, ...], body: Sequence[Stmt]) -> Size:
     total: Size = 1
     for _, extent in axes:
         total = total * extent
-    inside = [volume(s.axes, s.body if isinstance(s, Nest) else ()) for s in body if isinstance(s, Nest | Fold)]
+    loops = [s for s in body if isinstance(s, Nest | Fold | ScanLoop)]
+    inside = [volume(s.axes, s.body if isinstance(s, Nest) else ()) for s in loops]
     static = [size for size in inside if isinstance(size, int)]
     dynamic = [size for size in inside if not isinstance(size, int)]
     return total * (dynamic[0] if dynamic else max(static, default=1))

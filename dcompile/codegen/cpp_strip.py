@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from dcompile.codegen.cpp_fold import SERIAL_BLOCK, Folding
@@ -17,9 +18,11 @@ from dcompile.codegen.cpp_loops import (
     row_major,
     splits,
 )
+from dcompile.codegen.cpp_scan import lane_scan
 from dcompile.codegen.cpp_types import register_type, storage_type
+from dcompile.codegen.cpp_welford import ShiftedMoments, folding
 from dcompile.ir import expr as ex
-from dcompile.ir.kernel import Fold, Let, Nest, Scratch, Stmt, Write, expressions
+from dcompile.ir.kernel import Fold, Let, Nest, ScanLoop, Scratch, Stmt, Write, expressions
 from dcompile.ir.nodes import Axis
 from dcompile.ir.types import Size
 
@@ -78,6 +81,8 @@ class StripPrinter:
             group = []
             if isinstance(stmt, Fold):
                 self.fold(stmt)
+            elif isinstance(stmt, ScanLoop):
+                lane_scan(self, stmt)
             elif isinstance(stmt, Nest):
                 self._serial(list(stmt.axes), stmt.body)
             else:
@@ -118,8 +123,8 @@ class StripPrinter:
         self.out.line(f"alignas(64) {storage_type(stmt.dtype)} {name}[{max(stmt.size, 1)}][{self.lanes}];")
         self.out.bind_scratch(stmt.name, name, stmt.dtype, per_lane=True)
 
-    def lane_loop(self, each: Callable[[], None], simd: bool = True) -> None:
-        """``each`` for every lane of the strip."""
+    def lane_loop(self, each: Callable[[], None], simd: bool = True, clause: str = "") -> None:
+        """``each`` for every lane of the strip; ``clause`` joins what the lanes share."""
         out = self.out
         with out.scope(certain=at_least_one(self.axis[1])) as inner:
             text = out.fresh("i")
@@ -133,7 +138,7 @@ class StripPrinter:
         if not any(_mentions(line, text) for line in inner.lines[1:]):
             del inner.lines[0]
         if simd:
-            out.line(f"#pragma omp simd{error_clause(inner.lines)}")
+            out.line(f"#pragma omp simd{clause}{error_clause(inner.lines)}")
         out.block(for_text(self.lane, "0", self.width), inner)
 
     def _serial(self, axes: list[Axis], body: Sequence[Stmt]) -> None:
@@ -152,24 +157,31 @@ class StripPrinter:
     def fold(self, stmt: Fold) -> None:
         """A fold over serial axes with one accumulator a lane."""
         blocked = splits(stmt.axes, SERIAL_BLOCK)
-        folds = [Folding(acc, self.out.fresh("v"), blocked) for acc in stmt.accumulators]
-        self._start([(fold.name + v.suffix, v.type, v.start) for fold in folds for v in fold.variables])
+        folds = [folding(acc, self.out.fresh("v"), blocked) for acc in stmt.accumulators]
+        self.start([(fold.name + v.suffix, v.type, v.start) for fold in folds for v in fold.variables])
         level = block_level(stmt.axes, SERIAL_BLOCK) if any(fold.blocked for fold in folds) else None
         self._fold_axis(stmt, folds, 0, level, "0", self.printer.size(stmt.axes[0][1]) if stmt.axes else "1")
         at = f"[{self.lane}]"
         pairs = list(zip(stmt.accumulators, folds, strict=True))
-        finished = [(acc, fold) for acc, fold in pairs if fold.result(at) != fold.name + at]
-        arrays = {acc.name: self._array(register_type(acc.dtype), self.out.fresh("v")) for acc, _ in finished}
+        results = {name: text for acc, fold in pairs for name, text in zip(acc.names, fold.results(at), strict=True)}
+        dtypes = {name: acc.dtype for acc in stmt.accumulators for name in acc.names}
+        plain = {fold.name + at for fold in folds}
+        arrays = {
+            name: self._array(register_type(dtypes[name]), self.out.fresh("v"))
+            for name, text in results.items()
+            if text not in plain
+        }
 
         def finish() -> None:
-            for acc, fold in finished:
-                self.out.line(f"{arrays[acc.name]}{at} = {fold.result(at)};")
+            for name, array in arrays.items():
+                self.out.line(f"{array}{at} = {results[name]};")
 
         self.lane_loop(finish)
-        for acc, fold in pairs:
-            self.lane_locals[acc.name] = arrays.get(acc.name, fold.name) + at
+        for name, text in results.items():
+            self.lane_locals[name] = arrays[name] + at if name in arrays else text
 
-    def _start(self, variables: Sequence[tuple[str, str, str]]) -> None:
+    def start(self, variables: Sequence[tuple[str, str, str]]) -> None:
+        """Lane arrays, given as name, type and initial value."""
         for name, ctype, _ in variables:
             self._array(ctype, name)
 
@@ -198,17 +210,62 @@ class StripPrinter:
         step = block_step(stmt.axes, level, SERIAL_BLOCK)
         start = self.out.fresh("k")
         sums = [fold for fold in folds if fold.blocked]
+        moments = [fold for fold in folds if isinstance(fold, ShiftedMoments)]
         with self.out.scope(certain=at_least_one(stmt.axes[level][1])) as inner:
-            self._start([(fold.name + v.suffix, v.type, v.start) for fold in sums for v in fold.inner])
+            self.start([(fold.name + v.suffix, v.type, v.start) for fold in sums for v in fold.inner])
             self.out.line(f"const int64_t {start}_end = dc::min_index({start} + {step}, {end});")
+            for fold in moments:
+                self._choose_shift(stmt, fold, level, start)
             self._fold_axis(stmt, folds, level, None, start, f"{start}_end")
+            count = self.printer.block_count(stmt.axes, level, start)
+            if moments:
+                self._sum_again(stmt, moments, level, start, count)
 
             def close() -> None:
+                at = f"[{self.lane}]"
                 for fold in sums:
-                    self.out.line(fold.close_block(f"[{self.lane}]"))
+                    counted = fold.close_counted(count, at) if isinstance(fold, ShiftedMoments) else None
+                    self.out.scopes[-1].lines += counted or fold.close_block(at)
 
             self.lane_loop(close)
         self.out.block(f"for (int64_t {start} = 0; {start} < {end}; {start} += {step})", inner)
+
+    def _choose_shift(self, stmt: Fold, fold: ShiftedMoments, level: int, start: str) -> None:
+        """Each lane's running mean, or the mean of a few elements of its block where there is none yet."""
+        printer, out, at = self.printer, self.out, f"[{self.lane}]"
+        self._array(fold.type, fold.shift)
+        self.lane_loop(lambda: out.line(f"{fold.shift}{at} = ({fold.type}){fold.name}_mean{at};"))
+        with out.scope(certain=False) as inner:
+            head = printer.enter_sample(stmt.axes[level:], start)
+
+            def take() -> None:
+                for let in stmt.lets:
+                    printer.let(let)
+                out.line(fold.sample(out.value(fold.acc.expr), at))
+
+            self.lane_loop(take)
+            del printer.open_axes[len(printer.open_axes) - len(stmt.axes[level:]) :]
+        with out.scope(certain=False) as guarded:
+            out.block(head, inner)
+            self.lane_loop(lambda: out.line(fold.finite(at)))
+        out.block(f"if ({fold.name}_n[0] == 0.0)", guarded)
+
+    def _sum_again(self, stmt: Fold, moments: list[ShiftedMoments], level: int, start: str, count: str) -> None:
+        """The block once more if a lane's shift lay far off."""
+        out, at, flag = self.out, f"[{self.lane}]", self.out.fresh("t")
+        out.line(f"int {flag} = 0;")
+        tests = " | ".join(f"({fold.cancels(count, at)})" for fold in moments)
+        self.lane_loop(lambda: out.line(f"{flag} |= {tests};"), clause=f" reduction(|:{flag})")
+        with out.scope(certain=False) as inner:
+
+            def restart() -> None:
+                for fold in moments:
+                    out.scopes[-1].lines.extend(fold.again(count, at))
+
+            self.lane_loop(restart)
+            only = replace(stmt, accumulators=tuple(fold.acc for fold in moments), writes=())
+            self._fold_axis(only, list(moments), level, None, start, f"{start}_end")
+        out.block(f"if ({flag})", inner)
 
     def _element(self, stmt: Fold, folds: list[Folding]) -> None:
         def each() -> None:
@@ -216,7 +273,7 @@ class StripPrinter:
                 self.printer.let(let)
             position = self.out.index(row_major(stmt.axes)) if any(fold.is_arg for fold in folds) else "0"
             for fold in folds:
-                for text in fold.update(self.out.value(fold.acc.expr), position, f"[{self.lane}]"):
+                for text in fold.update([self.out.value(e) for e in fold.acc.exprs], position, f"[{self.lane}]"):
                     self.out.line(text)
             for write in stmt.writes:
                 self.printer.write(write)

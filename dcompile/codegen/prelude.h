@@ -42,6 +42,29 @@ static inline float from_f16(uint16_t h) {
 }
 static inline float round_f16(float x) { return from_f16(f16_bits(x)); }
 
+// ---- mean and variance ----------------------------------------------------------------------------------------------
+
+// (mean, sum of squared distances, weight) of two parts together. A part without weight changes nothing; equal infinite
+// means stay what they are.
+static inline void merge_moments(double& mean, double& m2, double& n, double mean_b, double m2_b, double n_b) {
+  const double total = n + n_b;
+  const double share = total == 0.0 ? 0.0 : n_b / total;
+  const double apart = mean_b - mean;
+  const double step = mean_b == mean ? 0.0 : apart * share;
+  const double squares = m2 + m2_b + apart * apart * (n * share);
+  const double next = n == 0.0 ? mean_b : mean + step;
+  m2 = n_b == 0.0 ? m2 : n == 0.0 ? m2_b : squares;
+  mean = n_b == 0.0 ? mean : next;
+  n = total;
+}
+
+// A block of count elements, given the sums s1 and s2 of their distances from shift and of the squares of these.
+static inline void add_moments(double& mean, double& m2, double& n, double shift, double s1, double s2, double count) {
+  const double apart = s1 / count;
+  const double squares = s2 - s1 * apart;
+  merge_moments(mean, m2, n, shift + apart, squares < 0.0 ? 0.0 : squares, count);
+}
+
 // ---- integers -------------------------------------------------------------------------------------------------------
 
 // Error bits of a kernel: 1 index out of range, 2 integer division by zero.

@@ -61,8 +61,10 @@ class KernelPrinter(Values):
             self.scratch[stmt.name] = None
         elif isinstance(stmt, Nest):
             self._inner(stmt.axes, partial(self._statements, stmt.body))
-        else:
+        elif isinstance(stmt, Fold):
             self._fold(stmt)
+        else:
+            raise CompilerBug("a GPU kernel scans")
 
     def _statements(self, body: tuple[Stmt, ...]) -> None:
         for stmt in body:

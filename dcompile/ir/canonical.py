@@ -9,7 +9,7 @@ import sympy
 
 from dcompile.ir import expr as ex
 from dcompile.ir.index import SIGNED, as_expr, as_size, symbol
-from dcompile.ir.kernel import Fold, Kernel, Let, Nest, Scratch, Stmt, Write, expressions, statements
+from dcompile.ir.kernel import Fold, Kernel, Let, Nest, ScanLoop, Scratch, Stmt, Write, expressions, statements
 from dcompile.ir.nodes import Axis
 from dcompile.ir.text import print_node
 from dcompile.ir.text_node import print_def
@@ -66,10 +66,10 @@ def size_parameters(symbols: tuple[sympy.Symbol, ...]) -> dict[sympy.Symbol, sym
 
 def _size_symbols(kernel: Kernel, values: tuple[Value, ...]) -> tuple[sympy.Symbol, ...]:
     """Size symbols in order of first use, by name within one expression: buffers' layouts first, then the body."""
-    loops = {var for s in statements(kernel.body) if isinstance(s, Nest | Fold) for var, _ in s.axes}
+    loops = {var for s in statements(kernel.body) if isinstance(s, Nest | Fold | ScanLoop) for var, _ in s.axes}
     sizes: list[Size] = [size for value in values for size in (*value.shape, *value.stride)]
     for stmt in statements(kernel.body):
-        if isinstance(stmt, Nest | Fold):
+        if isinstance(stmt, Nest | Fold | ScanLoop):
             sizes.extend(size for _, size in stmt.axes)
     found: dict[sympy.Symbol, None] = {}
     for size in sizes:
@@ -157,7 +157,7 @@ class _Renamer:
         if isinstance(stmt, Scratch):
             self.buffers[stmt.name] = self._fresh("m")
             return replace(stmt, name=self.buffers[stmt.name])
-        return self._fold(stmt)
+        return self._scan(stmt) if isinstance(stmt, ScanLoop) else self._fold(stmt)
 
     def _let(self, stmt: Let) -> Let:
         value = self.expr(stmt.expr)
@@ -177,11 +177,23 @@ class _Renamer:
         symbols, scalars = dict(self.symbols), dict(self.scalars)
         axes = self._axes(fold.axes)
         lets = tuple(self._let(let) for let in fold.lets)
-        values = [self.expr(a.expr) for a in fold.accumulators]
+        values = [a.map(self.expr) for a in fold.accumulators]
         writes = tuple(self._write(w) for w in fold.writes)
         self.symbols, self.scalars = symbols, scalars
         accumulators = []
-        for accumulator, value in zip(fold.accumulators, values, strict=True):
-            self.scalars[accumulator.name] = self._fresh("e")
-            accumulators.append(replace(accumulator, name=self.scalars[accumulator.name], expr=value))
+        for accumulator in values:
+            self.scalars.update({name: self._fresh("e") for name in accumulator.names})
+            name, *more = (self.scalars[name] for name in accumulator.names)
+            accumulators.append(replace(accumulator, name=name, more=tuple(more)))
         return Fold(axes, fold.roles, tuple(accumulators), lets, writes)
+
+    def _scan(self, scan: ScanLoop) -> ScanLoop:
+        symbols, scalars = dict(self.symbols), dict(self.scalars)
+        axes = self._axes(scan.axes)
+        lets = tuple(self._let(let) for let in scan.lets)
+        exprs = tuple(self.expr(e) for e in scan.exprs)
+        self.scalars.update({name: self._fresh("e") for name in scan.names})
+        names = tuple(self.scalars[name] for name in scan.names)
+        writes = tuple(self._write(w) for w in scan.writes)
+        self.symbols, self.scalars = symbols, scalars
+        return ScanLoop(axes[0], names, exprs, scan.combine, scan.start, lets, writes)

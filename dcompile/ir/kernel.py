@@ -6,6 +6,7 @@ Grammar::
     stmt   = nest (axes: role) { stmt... }       # loops, outermost first
            | let name = expr                     # a scalar, visible until the end of the enclosing nest
            | fold (axes: role) name = kind expr  # reductions side by side over the same axes; names visible afterwards
+           | scan (axis) name = expr by rule     # running folds along one axis; names visible in its writes only
            | write mode buffer[address] = expr   # address in elements from the buffer's first element
            | scratch name[size]                  # memory private to one iteration of the enclosing nest
 
@@ -17,7 +18,7 @@ one value per lane.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import TypeAlias
@@ -26,6 +27,7 @@ import sympy
 
 from dcompile.ir import expr as ex
 from dcompile.ir.nodes import Axis, Node, rename_loads
+from dcompile.ir.ops import ARG_REDUCTIONS
 from dcompile.ir.types import DType, Size, Value
 
 
@@ -53,15 +55,32 @@ class Let:
 @dataclass(frozen=True)
 class Accumulator:
     """One reduction of a Fold: ``name = fold kind of expr``; kind is one of ``ops.REDUCTIONS``, the accumulator has
-    ``expr.dtype`` (i64 for arg kinds, whose position counts the fold's axes row-major)."""
+    ``expr.dtype`` (i64 for arg kinds, whose position counts the fold's axes row-major). ``more`` are the names of the
+    further results and ``others`` the further operands of kinds that have them."""
 
     name: str
     kind: str
     expr: ex.Expr
+    more: tuple[str, ...] = ()
+    others: tuple[ex.Expr, ...] = ()
 
     @property
     def dtype(self) -> DType:
-        return DType.I64 if self.kind in ("argmax", "argmin") else self.expr.dtype
+        return DType.I64 if self.kind in ARG_REDUCTIONS else self.expr.dtype
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All results, ``name`` first."""
+        return (self.name, *self.more)
+
+    @property
+    def exprs(self) -> tuple[ex.Expr, ...]:
+        """All operands, ``expr`` first."""
+        return (self.expr, *self.others)
+
+    def map(self, change: Callable[[ex.Expr], ex.Expr]) -> Accumulator:
+        """The same accumulator of changed expressions."""
+        return replace(self, expr=change(self.expr), others=tuple(change(e) for e in self.others))
 
 
 @dataclass(frozen=True)
@@ -91,6 +110,28 @@ class Write:
 
 
 @dataclass(frozen=True)
+class ScanLoop:
+    """Inclusive scans side by side along ``axis``, in order.
+
+    Each iteration evaluates ``lets``, then gives every name in ``names`` its running value (``combine`` of the value
+    before, ``ir.combine.left(k)``, and ``exprs[k]``, ``ir.combine.right(k)``; in the first iteration of ``start[k]``
+    and ``exprs[k]``, or ``exprs[k]`` itself if ``start`` is empty), then does ``writes``, which may read the names.
+    """
+
+    axis: Axis
+    names: tuple[str, ...]
+    exprs: tuple[ex.Expr, ...]
+    combine: tuple[ex.Expr, ...]
+    start: tuple[ex.Const, ...] = ()
+    lets: tuple[Let, ...] = ()
+    writes: tuple[Write, ...] = ()
+
+    @property
+    def axes(self) -> tuple[Axis, ...]:
+        return (self.axis,)
+
+
+@dataclass(frozen=True)
 class Scratch:
     """Memory of ``size`` elements private to one iteration of the enclosing nest (of the kernel at top level)."""
 
@@ -99,7 +140,7 @@ class Scratch:
     size: int
 
 
-Stmt: TypeAlias = "Nest | Let | Fold | Write | Scratch"
+Stmt: TypeAlias = "Nest | Let | Fold | ScanLoop | Write | Scratch"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,7 +195,7 @@ def statements(body: tuple[Stmt, ...]) -> Iterator[Stmt]:
         yield stmt
         if isinstance(stmt, Nest):
             yield from statements(stmt.body)
-        elif isinstance(stmt, Fold):
+        elif isinstance(stmt, Fold | ScanLoop):
             yield from stmt.lets
             yield from stmt.writes
 
@@ -165,7 +206,9 @@ def expressions(body: tuple[Stmt, ...]) -> Iterator[ex.Expr]:
         if isinstance(stmt, Let):
             yield stmt.expr
         elif isinstance(stmt, Fold):
-            yield from (acc.expr for acc in stmt.accumulators)
+            yield from (e for acc in stmt.accumulators for e in acc.exprs)
+        elif isinstance(stmt, ScanLoop):
+            yield from stmt.exprs
         elif isinstance(stmt, Write):
             yield stmt.expr
             yield from stmt.bind
@@ -175,7 +218,7 @@ def extents(body: tuple[Stmt, ...]) -> dict[sympy.Symbol, Size]:
     """Every loop variable of ``body`` with its extent."""
     found: dict[sympy.Symbol, Size] = {}
     for stmt in statements(body):
-        if isinstance(stmt, Nest | Fold):
+        if isinstance(stmt, Nest | Fold | ScanLoop):
             found.update(stmt.axes)
     return found
 
@@ -188,7 +231,14 @@ def _rename(stmt: Stmt, names: dict[str, str]) -> Stmt:
     if isinstance(stmt, Fold):
         return replace(
             stmt,
-            accumulators=tuple(replace(a, expr=rename_loads(a.expr, names)) for a in stmt.accumulators),
+            accumulators=tuple(a.map(lambda e: rename_loads(e, names)) for a in stmt.accumulators),
+            lets=tuple(replace(s, expr=rename_loads(s.expr, names)) for s in stmt.lets),
+            writes=tuple(_rename_write(w, names) for w in stmt.writes),
+        )
+    if isinstance(stmt, ScanLoop):
+        return replace(
+            stmt,
+            exprs=tuple(rename_loads(e, names) for e in stmt.exprs),
             lets=tuple(replace(s, expr=rename_loads(s.expr, names)) for s in stmt.lets),
             writes=tuple(_rename_write(w, names) for w in stmt.writes),
         )

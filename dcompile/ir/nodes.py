@@ -3,7 +3,8 @@
 Grammar (``ir.text`` prints and parses it)::
 
     node = value = pointwise (axes) expr                        # out[axes] = expr
-         | value = reduce kind (axes; raxes) expr               # out[axes] = fold kind over raxes of expr
+         | value... = reduce kind (axes; raxes) expr...         # out[axes] = fold kind over raxes of expr
+         | value... = scan (axes) along axis by ... of expr...  # out[axes] = fold of everything up to here
          | value = view base (axes) -> (index)                  # out[axes] is base[index], the same storage or a copy
          | value = store mode target (axes) [index] = expr      # target[index] = or += expr; value is target afterwards
          | value = pack parts                                   # one flat buffer, the parts side by side
@@ -15,6 +16,7 @@ next version; everything later in the program reads the new version.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias, TypeVar
 
@@ -100,8 +102,16 @@ class Pointwise(Node):
     def operands(self) -> tuple[str, ...]:
         return _buffers(self.expr)
 
+    @property
+    def exprs(self) -> tuple[ex.Expr, ...]:
+        return (self.expr,)
+
+    def map(self, change: Callable[[ex.Expr], ex.Expr]) -> Pointwise:
+        """The same loop of a changed expression."""
+        return replace(self, expr=change(self.expr))
+
     def rename(self, names: dict[str, str]) -> Pointwise:
-        return replace(self, expr=rename_loads(self.expr, names))
+        return self.map(lambda e: rename_loads(e, names))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +119,12 @@ class Reduction(Node):
     """``out[axes] = fold(kind, expr over raxes)``. ``expr`` has the accumulation dtype; ``out`` may be narrower.
 
     ``kind`` is one of ``ops.REDUCTIONS``. An empty ``raxes`` extent gives the neutral element.
+
+    Attributes:
+        more: further results of a kind that has several (``ops.WELFORD``: M2 and weight beside the mean), with the
+            shape and strides of ``out``.
+        others: further operands of a kind that takes several (``welford_merge``: M2 and weight), of the dtype of
+            ``expr``.
     """
 
     out: Value
@@ -116,17 +132,66 @@ class Reduction(Node):
     axes: tuple[Axis, ...]
     raxes: tuple[Axis, ...]
     expr: ex.Expr
+    more: tuple[Value, ...] = ()
+    others: tuple[ex.Expr, ...] = ()
 
     @property
     def defs(self) -> tuple[Value, ...]:
-        return (self.out,)
+        return (self.out, *self.more)
+
+    @property
+    def exprs(self) -> tuple[ex.Expr, ...]:
+        """Everything that enters, ``expr`` first."""
+        return (self.expr, *self.others)
 
     @property
     def operands(self) -> tuple[str, ...]:
-        return _buffers(self.expr)
+        return _buffers(*self.exprs)
+
+    def map(self, change: Callable[[ex.Expr], ex.Expr]) -> Reduction:
+        """The same reduction of changed expressions."""
+        return replace(self, expr=change(self.expr), others=tuple(change(e) for e in self.others))
 
     def rename(self, names: dict[str, str]) -> Reduction:
-        return replace(self, expr=rename_loads(self.expr, names))
+        return self.map(lambda e: rename_loads(e, names))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scan(Node):
+    """Inclusive scans side by side: ``outs[axes]`` is the fold, in order, of ``exprs`` at all positions along one axis
+    up to and including this one.
+
+    Attributes:
+        outs: results; one axis a dimension, so each has the full size.
+        along: the variable of the scanned axis, one of ``axes``.
+        exprs: what enters at each position, in the accumulation dtypes (outs may be narrower).
+        combine: the associative rule, one expression a result over the locals ``ir.combine.left(k)`` (everything
+            before) and ``ir.combine.right(k)`` (what follows).
+        start: neutral elements that the fold starts from; empty if the rule has none, then the first element is the
+            start.
+    """
+
+    outs: tuple[Value, ...]
+    axes: tuple[Axis, ...]
+    along: sympy.Symbol
+    exprs: tuple[ex.Expr, ...]
+    combine: tuple[ex.Expr, ...]
+    start: tuple[ex.Const, ...] = ()
+
+    @property
+    def defs(self) -> tuple[Value, ...]:
+        return self.outs
+
+    @property
+    def operands(self) -> tuple[str, ...]:
+        return _buffers(*self.exprs)
+
+    def map(self, change: Callable[[ex.Expr], ex.Expr]) -> Scan:
+        """The same scan of changed expressions."""
+        return replace(self, exprs=tuple(change(e) for e in self.exprs))
+
+    def rename(self, names: dict[str, str]) -> Scan:
+        return self.map(lambda e: rename_loads(e, names))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,13 +248,26 @@ class Store(Node):
     def has_effect(self) -> bool:
         return True
 
+    @property
+    def exprs(self) -> tuple[ex.Expr, ...]:
+        return (self.expr,)
+
+    def map(self, change: Callable[[ex.Expr], ex.Expr]) -> Store:
+        """The same store of a changed expression at a changed position."""
+        return replace(self, expr=change(self.expr), bind=tuple(change(b) for b in self.bind))
+
     def rename(self, names: dict[str, str]) -> Store:
-        return replace(
-            self,
-            target=names.get(self.target, self.target),
-            expr=rename_loads(self.expr, names),
-            bind=tuple(rename_loads(b, names) for b in self.bind),
-        )
+        changed = self.map(lambda e: rename_loads(e, names))
+        return replace(changed, target=names.get(self.target, self.target))
+
+
+Loop: TypeAlias = Pointwise | Reduction | Scan | Store
+"""Nodes that iterate: an expression (``exprs``) evaluated at every position of their axes."""
+
+
+def loop_axes(node: Loop) -> tuple[Axis, ...]:
+    """Every axis ``node`` iterates, reduced ones last."""
+    return node.axes + node.raxes if isinstance(node, Reduction) else node.axes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -328,14 +406,17 @@ __all__ = [
     "Axis",
     "Extern",
     "Literal",
+    "Loop",
     "Node",
     "Pack",
     "Pointwise",
     "Reduction",
     "Ref",
+    "Scan",
     "Store",
     "View",
     "calls_programs",
     "literals",
+    "loop_axes",
     "rename_loads",
 ]

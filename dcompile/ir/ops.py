@@ -112,8 +112,15 @@ OPS: dict[str, OpInfo] = {
     "wrap_index": OpInfo(2, flops=3),
 }
 
-REDUCTIONS = frozenset({"sum", "prod", "max", "min", "any", "argmax", "argmin"})
+REDUCTIONS = frozenset({"sum", "prod", "max", "min", "any", "xor", "argmax", "argmin", "welford", "welford_merge"})
 """Combine rules of ``Reduction``. ``max``/``min`` propagate NaN; ``arg*`` give the row-major position of the first best
-element as i64, NaN counting as better than any number; ``any`` is logical or on bool."""
+element as i64, NaN counting as better than any number; ``any`` is logical or on bool, ``xor`` bitwise on integers and
+bool. ``welford`` has three results, the mean, the sum M2 of squared distances from it, and the number of elements;
+``welford_merge`` takes such triples and gives the triple of their union (see ``ir.combine``)."""
+
+WELFORD = frozenset({"welford", "welford_merge"})
+"""Reductions with three results."""
+
+ARG_REDUCTIONS = frozenset({"argmax", "argmin"})
 
 STORE_MODES = frozenset({"set", "add"})

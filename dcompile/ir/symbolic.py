@@ -19,8 +19,8 @@ import sympy
 from dcompile.errors import CompilerBug
 from dcompile.ir import expr as ex
 from dcompile.ir.index import FloorDiv, symbol
-from dcompile.ir.kernel import Fold, Kernel, Nest, Write, expressions, statements
-from dcompile.ir.nodes import Extern, Node, Pointwise, Reduction, Ref, Store, View
+from dcompile.ir.kernel import Fold, Kernel, Nest, ScanLoop, Write, expressions, statements
+from dcompile.ir.nodes import Extern, Loop, Node, Ref, Store, View, loop_axes
 from dcompile.ir.types import Number, Size, Value
 
 if TYPE_CHECKING:
@@ -113,10 +113,10 @@ def symbols_of(node: Node) -> frozenset[sympy.Symbol]:
     for item in node.defs:
         for value in (item,) if isinstance(item, Value) else getattr(item, "results", ()):
             _sizes((*value.shape, *value.stride), found)
-    if isinstance(node, Pointwise | Reduction | Store):
-        raxes = node.raxes if isinstance(node, Reduction) else ()
-        _sizes((size for _, size in (*node.axes, *raxes)), found)
-        _expression(node.expr, found)
+    if isinstance(node, Loop):
+        _sizes((size for _, size in loop_axes(node)), found)
+        for root in node.exprs:
+            _expression(root, found)
     if isinstance(node, Store):
         _sizes(node.index, found)
         for bound in node.bind:
@@ -133,7 +133,7 @@ def symbols_of(node: Node) -> frozenset[sympy.Symbol]:
 
 def _kernel(node: Kernel, found: set[sympy.Symbol]) -> None:
     for stmt in statements(node.body):
-        if isinstance(stmt, Nest | Fold):
+        if isinstance(stmt, Nest | Fold | ScanLoop):
             _sizes((size for _, size in stmt.axes), found)
         elif isinstance(stmt, Write):
             _sizes((stmt.address,), found)

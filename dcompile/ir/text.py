@@ -6,7 +6,8 @@ Grammar (values and axes: ``text_node``; scalar expressions: ``text_expr``; kern
              "{" graph... node... "return" output, ... "}"
     node   = [(def | "_"), ... "="] keyword ... ["#" op... "@" source]              # the comment is the node's origin
            | value "=" "pointwise" (axes) exprs
-           | value "=" "reduce" kind (axes ";" axes) exprs
+           | value "=" "reduce" kind (axes ";" axes) exprs                              # welford: three values
+           | value, ... "=" "scan" (axes) "along" variable "(" exprs, ... ")" rule       # rule: text_kernel
            | value "=" "view" base (axes) "->" "[" index, ... "]"
            | value "=" "store" mode target (axes) [lets] "[" index, ... [bind] "]" "=" expr
            | value "=" "pack" (names)
@@ -33,10 +34,11 @@ from dcompile.ir import text_kernel
 from dcompile.ir.graph import Graph, Output, SizeInput
 from dcompile.ir.index import symbol
 from dcompile.ir.kernel import Kernel
-from dcompile.ir.nodes import Arg, Extern, Literal, Node, Pack, Pointwise, Reduction, Ref, Store, View
-from dcompile.ir.ops import REDUCTIONS, STORE_MODES
-from dcompile.ir.text_expr import parse_expr, print_bind, print_expr, print_exprs, print_position
+from dcompile.ir.nodes import Arg, Extern, Literal, Node, Pack, Pointwise, Reduction, Ref, Scan, Store, View
+from dcompile.ir.ops import REDUCTIONS, STORE_MODES, WELFORD
+from dcompile.ir.text_expr import parse_expr, print_bind, print_expr, print_expr_list, print_exprs, print_position
 from dcompile.ir.text_index import parse_index, print_index
+from dcompile.ir.text_kernel import print_rule, read_rule
 from dcompile.ir.text_node import (
     NodeGrammar,
     Reader,
@@ -166,6 +168,13 @@ def _only_value(reader: Reader, left: tuple[Def | None, ...]) -> Value:
     return left[0]
 
 
+def _values(reader: Reader, left: tuple[Def | None, ...], count: int) -> tuple[Value, ...]:
+    found = tuple(item for item in left if isinstance(item, Value))
+    if len(found) != count or len(left) != count:
+        reader.fail(f"{count} tensors left of '='")
+    return found
+
+
 def _print_pointwise(node: Pointwise) -> str:
     return f"({print_axes(node.axes)}) {print_expr(node.expr)}"
 
@@ -175,7 +184,8 @@ def _read_pointwise(reader: Reader, left: tuple[Def | None, ...]) -> Pointwise:
 
 
 def _print_reduction(node: Reduction) -> str:
-    return f"{node.kind} ({print_axes(node.axes)}; {print_axes(node.raxes)}) {print_expr(node.expr)}"
+    entering = print_expr_list(node.exprs) if node.others else print_expr(node.expr)
+    return f"{node.kind} ({print_axes(node.axes)}; {print_axes(node.raxes)}) {entering}"
 
 
 def _read_reduction(reader: Reader, left: tuple[Def | None, ...]) -> Reduction:
@@ -186,7 +196,30 @@ def _read_reduction(reader: Reader, left: tuple[Def | None, ...]) -> Reduction:
     reader.expect("(")
     axes = reader.sequence(reader.axis, ";")
     raxes = reader.sequence(reader.axis, ")")
-    return Reduction(out=_only_value(reader, left), kind=kind, axes=axes, raxes=raxes, expr=reader.expr())
+    if kind not in WELFORD:
+        return Reduction(out=_only_value(reader, left), kind=kind, axes=axes, raxes=raxes, expr=reader.expr())
+    out, *more = _values(reader, left, 3)
+    exprs = reader.expr_list() if kind == "welford_merge" else (reader.expr(),)
+    if len(exprs) not in (1, 3):
+        reader.fail("a mean, a sum of squared distances and a weight", token)
+    return Reduction(
+        out=out, kind=kind, axes=axes, raxes=raxes, expr=exprs[0], more=tuple(more), others=tuple(exprs[1:])
+    )
+
+
+def _print_scan(node: Scan) -> str:
+    text = f"({print_axes(node.axes)}) along {quote_name(node.along.name)} {print_expr_list(node.exprs)}"
+    return text + print_rule(node.combine, node.start)
+
+
+def _read_scan(reader: Reader, left: tuple[Def | None, ...]) -> Scan:
+    axes = reader.axes()
+    reader.expect("along")
+    along = symbol(reader.name("the scanned axis"))
+    exprs = reader.expr_list()
+    combine, start = read_rule(reader, exprs)
+    outs = _values(reader, left, len(exprs))
+    return Scan(outs=outs, axes=axes, along=along, exprs=exprs, combine=combine, start=start)
 
 
 def _print_view(node: View) -> str:
@@ -348,6 +381,7 @@ def _read_number(reader: Reader) -> Number:
 
 register_node(NodeGrammar("pointwise", Pointwise, _print_pointwise, _read_pointwise))
 register_node(NodeGrammar("reduce", Reduction, _print_reduction, _read_reduction))
+register_node(NodeGrammar("scan", Scan, _print_scan, _read_scan))
 register_node(NodeGrammar("view", View, _print_view, _read_view))
 register_node(NodeGrammar("store", Store, _print_store, _read_store))
 register_node(NodeGrammar("pack", Pack, _print_pack, _read_pack))

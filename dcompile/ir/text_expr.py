@@ -74,6 +74,12 @@ def print_expr(root: ex.Expr) -> str:
     return lets + text
 
 
+def print_expr_list(roots: Sequence[ex.Expr]) -> str:
+    """``(expr, ...)`` with what they share before them."""
+    lets, texts = print_exprs(roots)
+    return f"({lets}{', '.join(texts)})"
+
+
 def _node_text(node: ex.Expr, text: Mapping[ex.Expr, tuple[str, int]]) -> tuple[str, int]:
     """Text of ``node`` given its children's, and the level of its outermost operator."""
     if isinstance(node, ex.Const):
@@ -133,6 +139,18 @@ class ExprReader(Cursor):
         found = self.operand()
         self.scalars = outer
         return found
+
+    def expr_list(self) -> tuple[ex.Expr, ...]:
+        """``"(" ["let" ... "in"] expr, ... ")"``; the lets are known inside the parentheses only."""
+        outer = self.scalars
+        self.expect("(")
+        self.read_lets()
+        found = [self.operand()]
+        while self.accept(","):
+            found.append(self.operand())
+        self.expect(")")
+        self.scalars = outer
+        return tuple(found)
 
     def read_lets(self) -> None:
         """Consume a let list if there is one; its names are known until the caller restores ``scalars``."""

@@ -6,9 +6,11 @@ Grammar::
     stmt   = "nest" "(" role axis, ... ")" "{" stmt... "}"
            | "let" name "=" exprs
            | "fold" "(" role axis, ... ")" (acc | "{" (let | acc | write)... "}")
+           | "scan" "(" axis ")" "{" let... name, ... "=" "running" "(" exprs ")" rule write... "}"
            | write
            | "scratch" name ":" dtype "[" size "]"
-    acc    = name "=" kind exprs
+    acc    = name, ... "=" kind exprs                                                # welford_merge: "(" exprs, ... ")"
+    rule   = "by" "(" exprs, ... ")" ["from" "(" expr, ... ")"]                       # over left0, right0, left1, ...
     write  = "write" [mode] buffer [lets] "[" address [bind] "]" "=" expr            # mode "set" is not printed
 """
 
@@ -17,10 +19,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from dcompile.ir import expr as ex
-from dcompile.ir.kernel import Accumulator, Fold, Kernel, Let, Nest, Role, Scratch, Stmt, Write
+from dcompile.ir.combine import left, right
+from dcompile.ir.kernel import Accumulator, Fold, Kernel, Let, Nest, Role, ScanLoop, Scratch, Stmt, Write
 from dcompile.ir.nodes import Axis
-from dcompile.ir.ops import REDUCTIONS, STORE_MODES
-from dcompile.ir.text_expr import print_bind, print_expr, print_exprs
+from dcompile.ir.ops import REDUCTIONS, STORE_MODES, WELFORD
+from dcompile.ir.text_expr import print_bind, print_expr, print_expr_list, print_exprs
 from dcompile.ir.text_index import print_index
 from dcompile.ir.text_node import NodeGrammar, Reader, print_axis, print_names, register_node
 from dcompile.ir.tokens import quote_name
@@ -54,13 +57,15 @@ def _lines(body: tuple[Stmt, ...]) -> Iterator[str]:
             yield _write_text(stmt)
         elif isinstance(stmt, Scratch):
             yield f"scratch {quote_name(stmt.name)}: {stmt.dtype.value}[{stmt.size}]"
+        elif isinstance(stmt, ScanLoop):
+            yield from _scan_lines(stmt)
         else:
             yield from _fold_lines(stmt)
 
 
 def _fold_lines(fold: Fold) -> Iterator[str]:
     head = f"fold ({_role_axes(fold.axes, fold.roles)}) "
-    accumulators = [f"{quote_name(a.name)} = {a.kind} {print_expr(a.expr)}" for a in fold.accumulators]
+    accumulators = [_accumulator_text(a) for a in fold.accumulators]
     if len(accumulators) == 1 and not fold.lets and not fold.writes:
         yield head + accumulators[0]
         return
@@ -68,6 +73,42 @@ def _fold_lines(fold: Fold) -> Iterator[str]:
     for line in (*map(_let_text, fold.lets), *accumulators, *map(_write_text, fold.writes)):
         yield _INDENT + line
     yield "}"
+
+
+def _accumulator_text(acc: Accumulator) -> str:
+    entering = print_expr_list(acc.exprs) if acc.others else print_expr(acc.expr)
+    return f"{print_names(acc.names)} = {acc.kind} {entering}"
+
+
+def _scan_lines(scan: ScanLoop) -> Iterator[str]:
+    yield f"scan ({print_axis(scan.axis)}) {{"
+    running = f"{print_names(scan.names)} = running {print_expr_list(scan.exprs)}{print_rule(scan.combine, scan.start)}"
+    for line in (*map(_let_text, scan.lets), running, *map(_write_text, scan.writes)):
+        yield _INDENT + line
+    yield "}"
+
+
+def print_rule(combine: tuple[ex.Expr, ...], start: tuple[ex.Const, ...]) -> str:
+    """How a scan combines, `` by (...) from (...)``."""
+    return f" by {print_expr_list(combine)}" + (f" from {print_expr_list(start)}" if start else "")
+
+
+def read_rule(reader: Reader, exprs: tuple[ex.Expr, ...]) -> tuple[tuple[ex.Expr, ...], tuple[ex.Const, ...]]:
+    """The rule and the start of a scan of ``exprs``."""
+    outer = reader.scalars
+    reader.scalars = dict(outer)
+    for k, entering in enumerate(exprs):
+        for side in (left(k, entering.dtype), right(k, entering.dtype)):
+            assert isinstance(side, ex.Local)
+            reader.scalars[side.name] = side
+    token = reader.peek()
+    reader.expect("by")
+    combine = reader.expr_list()
+    reader.scalars = outer
+    start = reader.expr_list() if reader.accept("from") else ()
+    if len(combine) != len(exprs) or (start and len(start) != len(exprs)):
+        reader.fail("one rule and one start for each scanned value", token)
+    return combine, tuple(c for c in start if isinstance(c, ex.Const))
 
 
 def _role_axes(axes: tuple[Axis, ...], roles: tuple[Role, ...]) -> str:
@@ -131,6 +172,8 @@ def _read_stmt(reader: Reader) -> Stmt:
         return _read_let(reader)
     if reader.accept("fold"):
         return _read_fold(reader)
+    if reader.accept("scan"):
+        return _read_scan(reader)
     if reader.accept("write"):
         return _read_write(reader)
     if reader.accept("scratch"):
@@ -142,7 +185,7 @@ def _read_stmt(reader: Reader) -> Stmt:
         reader.expect("]")
         reader.buffers[name] = dtype
         return Scratch(name, dtype, size)
-    return reader.fail("a statement (nest, let, fold, write or scratch) or '}'")
+    return reader.fail("a statement (nest, let, fold, scan, write or scratch) or '}'")
 
 
 def _read_let(reader: Reader) -> Let:
@@ -153,14 +196,44 @@ def _read_let(reader: Reader) -> Let:
     return Let(name, value)
 
 
+def _read_scan(reader: Reader) -> ScanLoop:
+    reader.expect("(")
+    axis = reader.axis()
+    reader.expect(")")
+    outer = reader.scalars
+    reader.scalars = dict(outer)
+    reader.expect("{")
+    lets: list[Let] = []
+    while reader.accept("let"):
+        lets.append(_read_let(reader))
+    names = _read_names(reader)
+    reader.expect("running")
+    exprs = reader.expr_list()
+    combine, start = read_rule(reader, exprs)
+    reader.scalars.update({name: ex.local(name, e.dtype) for name, e in zip(names, exprs, strict=True)})
+    writes: list[Write] = []
+    while not reader.accept("}"):
+        reader.expect("write")
+        writes.append(_read_write(reader))
+    reader.scalars = outer
+    return ScanLoop(axis, names, exprs, combine, start, tuple(lets), tuple(writes))
+
+
+def _read_names(reader: Reader) -> tuple[str, ...]:
+    """``name, ... "="``."""
+    return reader.sequence(lambda: reader.name("the name of a result"), "=")
+
+
 def _read_accumulator(reader: Reader) -> Accumulator:
-    name = reader.name("the name of an accumulator")
-    reader.expect("=")
+    names = _read_names(reader)
     token = reader.peek()
     kind = reader.word("a reduction")
     if kind not in REDUCTIONS:
         reader.fail(f"a reduction ({', '.join(sorted(REDUCTIONS))})", token)
-    return Accumulator(name, kind, reader.expr())
+    if len(names) != (3 if kind in WELFORD else 1):
+        reader.fail("one name a result", token)
+    exprs = reader.expr_list() if kind == "welford_merge" else (reader.expr(),)
+    return Accumulator(names[0], kind, exprs[0], names[1:], exprs[1:])
 
 
 def _read_fold(reader: Reader) -> Fold:
@@ -181,7 +254,7 @@ def _read_fold(reader: Reader) -> Fold:
     else:
         accumulators.append(_read_accumulator(reader))
     reader.scalars = outer
-    outer.update({a.name: ex.local(a.name, a.dtype) for a in accumulators})
+    outer.update({name: ex.local(name, a.dtype) for a in accumulators for name in a.names})
     return Fold(axes, roles, tuple(accumulators), tuple(lets), tuple(writes))
 
 

@@ -1,6 +1,6 @@
 """Normalisation layers and their gradients, for graphs in which they are left whole.
 
-All statistics are computed in f32 (f64 for f64 inputs): a mean, then a second pass for the variance.
+All statistics are computed in f32 (f64 for f64 inputs), see ``lower.moments``.
 """
 
 from __future__ import annotations
@@ -14,20 +14,21 @@ from dcompile.ir.expr import Expr, const, load, op, to
 from dcompile.ir.index import FloorDiv, product
 from dcompile.ir.types import Size, Value
 from dcompile.lower.builder import ZERO, Lowering, loop_index
+from dcompile.lower.moments import moments_of, variance_from
 from dcompile.lower.pointwise import elementwise, literal
-from dcompile.lower.reduction import fold, kept_shape, mean_of, positions, variance_of
+from dcompile.lower.reduction import extent, fold, kept_shape, mean_of, positions
 from dcompile.lower.table import NoRule, rule
 from dcompile.lower.view import reshape_index
 
 
-def _statistics(b: Lowering, x: Value, dims: Sequence[int], eps: float) -> tuple[Value, Value]:
-    """Mean and ``1 / sqrt(variance + eps)`` over ``dims``, kept at size 1, in the compute type."""
-    dtype, kept = x.dtype.compute, kept_shape(x.shape, dims)
-    mean = mean_of(b, x, dims, b.temp("mean", dtype, kept, x.device))
-    var = variance_of(b, x, dims, 0, b.temp("var", dtype, kept, x.device), mean)
-    rstd = b.temp("rstd", dtype, kept, x.device)
+def _statistics(b: Lowering, x: Value, dims: Sequence[int], eps: float) -> tuple[Value, Value, Value]:
+    """Mean, squared distances from it and ``1 / sqrt(variance + eps)`` over ``dims``, kept at size 1, in the compute
+    type."""
+    mean, squares = moments_of(b, x, dims)
+    var = variance_from(b, squares, extent(x, dims), 0, b.temp("var", mean.dtype, mean.shape, x.device))
+    rstd = b.temp("rstd", mean.dtype, mean.shape, x.device)
     elementwise(b, lambda v: op("rsqrt", op("add", v, literal(v, eps))), var, out=rstd)
-    return mean, rstd
+    return mean, squares, rstd
 
 
 def _reshaped(b: Lowering, x: Value, shape: tuple[Size, ...], suffix: str) -> Value:
@@ -44,7 +45,7 @@ def layer_norm(
     b: Lowering, x: Value, shape: Any, weight: Value | None, bias: Value | None, eps: float
 ) -> tuple[Value, Value, Value]:
     dims = tuple(range(len(x.shape) - len(shape), len(x.shape)))
-    mean, rstd = _statistics(b, x, dims, eps)
+    mean, _, rstd = _statistics(b, x, dims, eps)
 
     def normalise(v: Expr, m: Expr, r: Expr, *affine: Expr) -> Expr:
         rest = list(affine)
@@ -115,7 +116,7 @@ def group_norm(
     b: Lowering, x: Value, weight: Value | None, bias: Value | None, n: Any, c: Any, hw: Any, groups: int, eps: float
 ) -> tuple[Value, Value, Value]:
     cut = _reshaped(b, x, _grouped(x, groups), "groups")
-    mean, rstd = _statistics(b, cut, (2, 3), eps)
+    mean, _, rstd = _statistics(b, cut, (2, 3), eps)
     out, dtype = b.out_at(0), x.dtype.compute
     back = reshape_index(cut.shape, x.shape, b.sizes)
     at = (back[0], back[1], ZERO, ZERO)
@@ -181,13 +182,13 @@ def _batch_norm_training(
     momentum: float, eps: float,
 ) -> None:  # fmt: skip
     dims = tuple(d for d in range(len(x.shape)) if d != 1)
-    mean, rstd = _statistics(b, x, dims, eps)
+    mean, squares, rstd = _statistics(b, x, dims, eps)
     _batch_norm_apply(b, x, weight, bias, mean, rstd)
     _emit_copy(b, b.out_at(1), mean)
     _emit_copy(b, b.out_at(2), rstd)
     dtype = mean.dtype
     unbiased = b.temp("unbiased", dtype, _channel_shape(x), x.device)
-    variance_of(b, x, dims, 1, unbiased, mean)
+    variance_from(b, squares, extent(x, dims), 1, unbiased)
     for position, running, fresh in ((3, running_mean, mean), (4, running_var, unbiased)):
         at = tuple(ZERO if d != 1 else loop_index(b.out_at(position).shape)[0] for d in range(len(x.shape)))
         old = op("mul", b.element(running, running.shape, dtype), const(1 - momentum, dtype))
@@ -210,7 +211,7 @@ def batch_norm_inference(
 def batch_norm_no_stats(
     b: Lowering, x: Value, weight: Value | None, bias: Value | None, training: bool, momentum: float, eps: float
 ) -> tuple[Value, Value, Value]:
-    mean, rstd = _statistics(b, x, tuple(d for d in range(len(x.shape)) if d != 1), eps)
+    mean, _, rstd = _statistics(b, x, tuple(d for d in range(len(x.shape)) if d != 1), eps)
     _batch_norm_apply(b, x, weight, bias, mean, rstd)
     return b.out_at(0), _emit_copy(b, b.out_at(1), mean), _emit_copy(b, b.out_at(2), rstd)
 

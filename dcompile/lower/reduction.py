@@ -135,63 +135,6 @@ def _truth(b: Lowering, x: Value, dims: Sequence[int], every: bool) -> Value:
     return elementwise(b, lambda v: to(op("not", v) if every else v, out.dtype), found, out=out, dtype=DType.BOOL)
 
 
-# variance ------------------------------------------------------------------------------------------------------------
-
-
-def variance_of(
-    b: Lowering, x: Value, dims: Sequence[int], correction: Any, out: Value, mean: Value, root: bool = False
-) -> Value:
-    """Variance over ``dims`` into ``out`` (its square root with ``root``): squared distances from ``mean``, which keeps
-    the reduced dimensions at size 1, summed in a second pass (no cancellation)."""
-    dtype = mean.dtype
-    where, raxes = positions(x, dims, keepdim=len(out.shape) == len(x.shape))
-    at_mean = tuple(ZERO if n == 1 else i for i, n in zip(where, mean.shape, strict=True))
-    apart = op("sub", to(load(x.name, where, x.dtype), dtype), load(mean.name, at_mean, dtype))
-    squares = b.temp("squares", dtype, out.shape, out.device)
-    b.reduction(squares, "sum", raxes, op("mul", apart, apart))
-    count = extent(x, dims)
-    freedom: Expr
-    if isinstance(count, int):
-        freedom = const(max(float(count) - correction, 0.0), dtype)
-    else:
-        freedom = op("maximum", op("sub", size_value(count, dtype), const(correction, dtype)), const(0.0, dtype))
-
-    def finish(v: Expr) -> Expr:
-        ratio = op("div", v, freedom)
-        return op("sqrt", ratio) if root else ratio
-
-    return elementwise(b, finish, squares, out=out)
-
-
-def _kept_mean(b: Lowering, x: Value, dims: Sequence[int]) -> Value:
-    dtype = x.dtype.compute
-    return mean_of(b, x, dims, b.temp("mean", dtype, kept_shape(x.shape, dims), x.device))
-
-
-@rule("var.correction", "std.correction", "var.dim", "std.dim")
-def var(b: Lowering, x: Value, dim: Any = None, *unbiased: Any, correction: Any = None, keepdim: bool = False) -> Value:
-    if unbiased:
-        correction = int(bool(unbiased[0]))
-    dims = reduced_dims(dim, len(x.shape))
-    root = str(b.node.target).startswith("aten.std")
-    return variance_of(b, x, dims, 1 if correction is None else correction, b.out, _kept_mean(b, x, dims), root)
-
-
-@rule("var_mean.correction")
-def var_mean(
-    b: Lowering, x: Value, dim: Any = None, correction: Any = None, keepdim: bool = False
-) -> tuple[Value, Value]:
-    dims = reduced_dims(dim, len(x.shape))
-    kept = _kept_mean(b, x, dims)
-    var = variance_of(b, x, dims, 1 if correction is None else correction, b.out_at(0), kept)
-    out = b.out_at(1)
-    if len(out.shape) == len(x.shape):
-        return var, elementwise(b, lambda v: v, kept, out=out)
-    here = iter(loop_index(out.shape))
-    where = tuple(ZERO if d in dims else next(here) for d in range(len(x.shape)))
-    return var, b.pointwise(out, load(kept.name, where, kept.dtype))
-
-
 # norms ---------------------------------------------------------------------------------------------------------------
 
 

@@ -7,7 +7,7 @@ with ``k`` ones, so that whatever was computed in outer loops broadcasts in inne
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from dcompile.errors import CompilerBug
 from dcompile.ir import expr as ex
 from dcompile.ir.index import FloorDiv, Mod
+from dcompile.ir.ops import WELFORD
 from dcompile.ir.types import Size
 from dcompile.reference import scalars
 
@@ -225,8 +226,40 @@ def flat_memory(tensor: Tensor) -> Tensor:
     return tensor.as_strided((extent(tensor),), (1,), tensor.storage_offset())
 
 
-def fold_grid(kind: str, values: Tensor, outer: tuple[int, ...], inner: tuple[int, ...]) -> Tensor:
-    """Fold the innermost loops row-major; ``inner``: their sizes, outermost first; ``outer``: the grid around them."""
-    full = values.expand((*reversed(inner), *outer))
-    ordered = full.permute(*reversed(range(len(inner))), *range(len(inner), len(inner) + len(outer)))
-    return scalars.fold(kind, ordered.reshape(math.prod(inner), *outer))
+def fold_grid(
+    kind: str, values: Sequence[Tensor], outer: tuple[int, ...], inner: tuple[int, ...]
+) -> tuple[Tensor, ...]:
+    """Fold the innermost loops row-major; ``inner``: their sizes, outermost first; ``outer``: the grid around them.
+
+    One result each the kind has (``ops.WELFORD``: three).
+    """
+
+    def rows(value: Tensor) -> Tensor:
+        full = value.expand((*reversed(inner), *outer))
+        ordered = full.permute(*reversed(range(len(inner))), *range(len(inner), len(inner) + len(outer)))
+        return ordered.reshape(math.prod(inner), *outer)
+
+    if kind in WELFORD:
+        return scalars.welford(*(rows(value) for value in values))
+    return (scalars.fold(kind, rows(values[0])),)
+
+
+def scan_grid(
+    combine: tuple[ex.Expr, ...], start: tuple[ex.Const, ...], values: Sequence[Tensor], along: int
+) -> list[Tensor]:
+    """Inclusive scans of ``values`` over grid dimension ``along``, one element after the other."""
+    names = [(f"left{k}", f"right{k}") for k in range(len(values))]
+    if values[0].numel() == 0:
+        return list(values)
+    running = [torch.full_like(v.select(along, 0), c.value) for v, c in zip(values, start, strict=False)]
+    found: list[list[Tensor]] = []
+    for at in range(values[0].shape[along]):
+        entering = [v.select(along, at) for v in values]
+        if running:
+            frame = Frame({}, {}, grid=tuple(entering[0].shape))
+            for (before, after), a, b in zip(names, running, entering, strict=True):
+                frame.scalars.update({before: a, after: b})
+            entering = [Evaluator(frame).full(rule) for rule in combine]
+        running = entering
+        found.append(running)
+    return [torch.stack(parts, along) for parts in zip(*found, strict=True)]

@@ -8,7 +8,7 @@ iterations share nothing but the accumulators.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import sympy
@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from dcompile.errors import CompilerBug
-from dcompile.ir.kernel import Fold, Kernel, Let, Nest, Role, Scratch, Stmt, Write
-from dcompile.ir.nodes import Axis, Pointwise, Reduction, Store, View
-from dcompile.reference.evaluate import Evaluator, Frame, flat_memory, fold_grid, size_value
+from dcompile.ir.kernel import Fold, Kernel, Let, Nest, Role, ScanLoop, Scratch, Stmt, Write
+from dcompile.ir.nodes import Axis, Pointwise, Reduction, Scan, Store, View
+from dcompile.reference.evaluate import Evaluator, Frame, flat_memory, fold_grid, scan_grid, size_value
 
 Sizes = Mapping[sympy.Symbol, int]
 Tensors = Mapping[str, Tensor]
@@ -30,13 +30,24 @@ def pointwise(node: Pointwise, out: Tensor, tensors: Tensors, sizes: Sizes) -> N
     out.copy_(_outermost_first(Evaluator(frame).full(node.expr)))
 
 
-def reduction(node: Reduction, out: Tensor, tensors: Tensors, sizes: Sizes) -> None:
-    """Write ``out[axes] = fold(kind, expr over raxes)``."""
+def reduction(node: Reduction, outs: Sequence[Tensor], tensors: Tensors, sizes: Sizes) -> None:
+    """Write ``out[axes] = fold(kind, expr over raxes)``, for every result of the kind."""
     outer = Frame(sizes, tensors).inside(node.axes)
     inner = outer.inside(node.raxes)
-    values = Evaluator(inner).full(node.expr)
+    values = [Evaluator(inner).full(e) for e in node.exprs]
     extents = tuple(size_value(n, sizes) for _, n in node.raxes)
-    out.copy_(_outermost_first(fold_grid(node.kind, values, outer.grid, extents)))
+    for out, found in zip(outs, fold_grid(node.kind, values, outer.grid, extents), strict=True):
+        out.copy_(_outermost_first(found))
+
+
+def scan(node: Scan, outs: Sequence[Tensor], tensors: Tensors, sizes: Sizes) -> None:
+    """Write the running folds along the scanned axis, each in its accumulation dtype, rounded once."""
+    frame = Frame(sizes, tensors).inside(node.axes)
+    values = [Evaluator(frame).full(e) for e in node.exprs]
+    level = next(k for k, (var, _) in enumerate(node.axes) if var == node.along)
+    along = len(node.axes) - 1 - level
+    for out, found in zip(outs, scan_grid(node.combine, node.start, values, along), strict=True):
+        out.copy_(_outermost_first(found))
 
 
 def store(node: Store, target: Tensor, tensors: Tensors, sizes: Sizes) -> None:
@@ -88,6 +99,8 @@ def _run(body: tuple[Stmt, ...], frame: Frame) -> None:
             _run_write(stmt, frame)
         elif isinstance(stmt, Scratch):
             _run_scratch(stmt, frame)
+        elif isinstance(stmt, ScanLoop):
+            _run_scan(stmt, frame)
         else:
             _run_fold(stmt, frame)
 
@@ -128,12 +141,24 @@ def _run_fold(stmt: Fold, frame: Frame) -> None:
     inner = frame.inside(stmt.axes)
     for let in stmt.lets:
         inner.scalars[let.name] = Evaluator(inner)(let.expr)
-    values = [Evaluator(inner).full(a.expr) for a in stmt.accumulators]
+    values = [[Evaluator(inner).full(e) for e in a.exprs] for a in stmt.accumulators]
     for write in stmt.writes:
         _run_write(write, inner)
     extents = tuple(size_value(n, frame.sizes) for _, n in stmt.axes)
-    for accumulator, value in zip(stmt.accumulators, values, strict=True):
-        frame.scalars[accumulator.name] = fold_grid(accumulator.kind, value, frame.grid, extents)
+    for accumulator, entering in zip(stmt.accumulators, values, strict=True):
+        found = fold_grid(accumulator.kind, entering, frame.grid, extents)
+        frame.scalars.update(zip(accumulator.names, found, strict=True))
+
+
+def _run_scan(stmt: ScanLoop, frame: Frame) -> None:
+    """All iterations at once: they share nothing but the running values."""
+    inner = frame.inside(stmt.axes)
+    for let in stmt.lets:
+        inner.scalars[let.name] = Evaluator(inner)(let.expr)
+    values = [Evaluator(inner).full(e) for e in stmt.exprs]
+    inner.scalars.update(zip(stmt.names, scan_grid(stmt.combine, stmt.start, values, 0), strict=True))
+    for write in stmt.writes:
+        _run_write(write, inner)
 
 
 def _write(target: Tensor, address: Tensor, value: Tensor, mode: str, grid: tuple[int, ...]) -> None:

@@ -15,7 +15,7 @@ from dcompile.errors import CompilerBug
 from dcompile.ir.graph import Graph, SizeInput
 from dcompile.ir.index import symbol
 from dcompile.ir.kernel import Kernel
-from dcompile.ir.nodes import Extern, Literal, Node, Pack, Pointwise, Reduction, Ref, Store, View, calls_programs
+from dcompile.ir.nodes import Extern, Literal, Node, Pack, Pointwise, Reduction, Ref, Scan, Store, View, calls_programs
 from dcompile.ir.symbolic import MEASURED, find, holds, is_check
 from dcompile.ir.types import DType, Number, Value
 from dcompile.reference import loops
@@ -173,9 +173,13 @@ def _run_node(node: Node, memory: Memory) -> None:
         loops.pointwise(node, result, tensors, sizes)
         tensors[node.out.name] = result
     elif isinstance(node, Reduction):
-        result = memory.fresh(node.out)
-        loops.reduction(node, result, tensors, sizes)
-        tensors[node.out.name] = result
+        results = [memory.fresh(value) for value in node.defs]
+        loops.reduction(node, results, tensors, sizes)
+        tensors.update(zip((value.name for value in node.defs), results, strict=True))
+    elif isinstance(node, Scan):
+        results = [memory.fresh(value) for value in node.outs]
+        loops.scan(node, results, tensors, sizes)
+        tensors.update(zip((value.name for value in node.outs), results, strict=True))
     elif isinstance(node, View):
         tensors[node.out.name] = loops.view(node, memory[node.base], sizes)
     elif isinstance(node, Store):

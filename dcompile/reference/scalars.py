@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -150,6 +151,9 @@ def fold(kind: str, values: Tensor) -> Tensor:
         return values.prod(0, dtype=values.dtype)
     if kind == "any":
         return values.any(0)
+    if kind == "xor":
+        found = torch.zeros(values.shape[1:], dtype=values.dtype)
+        return reduce(torch.bitwise_xor, values, found)
     highest = kind in ("max", "argmax")
     if kind in ("max", "min"):
         if values.shape[0] == 0:
@@ -161,6 +165,26 @@ def fold(kind: str, values: Tensor) -> Tensor:
     best |= values != values  # amax and amin are NaN where any value is, and NaN equals nothing
     position = torch.arange(values.shape[0]).reshape(-1, *[1] * (values.ndim - 1))
     return torch.where(best, position, values.shape[0]).amin(0)
+
+
+def welford(means: Tensor, squares: Tensor | None = None, weights: Tensor | None = None) -> tuple[Tensor, ...]:
+    """Mean, sum of squared distances from it and weight over dimension 0, in double precision, rounded once.
+
+    The squared distances are NaN if an element is infinite; the mean is then infinite or NaN.
+
+    Args:
+        means: elements, or the means of parts.
+        squares, weights: the other two of each part; None: each part is one element.
+    """
+    dtype = means.dtype
+    n = torch.ones_like(means, dtype=torch.float64) if weights is None else weights.double()
+    inside = torch.zeros_like(n) if squares is None else squares.double()
+    present = torch.where(n == 0, 0.0, means.double())
+    total = n.sum(0)
+    mean = torch.where(total == 0, 0.0, (present * n).sum(0) / total)
+    apart = present - mean
+    spread = (torch.where(n == 0, 0.0, inside + n * apart * apart)).sum(0)
+    return mean.to(dtype), spread.to(dtype), total.to(dtype)
 
 
 def _extreme(dtype: torch.dtype, highest: bool) -> float | int | bool:

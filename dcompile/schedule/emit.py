@@ -17,7 +17,7 @@ from dcompile.ir.index import product
 from dcompile.ir.kernel import Accumulator, Fold, Kernel, Let, Nest, Role, Scratch, Stmt, Write
 from dcompile.ir.nodes import Axis, Reduction, Store
 from dcompile.ir.types import Origin, Size, Value
-from dcompile.schedule.loops import Domain, Placed, coefficient
+from dcompile.schedule.loops import Domain, Placed, coefficient, index_parts
 
 PARALLEL_WORK = 32768
 """Iterations from which a kernel is worth several threads: waking an OpenMP team costs 2 to 5 us, the time in which
@@ -47,9 +47,19 @@ class Member:
     def out(self) -> Value:
         return self.placed.form.node.out
 
+    @property
+    def outs(self) -> tuple[Value, ...]:
+        """Everything it defines, ``out`` first."""
+        node = self.placed.form.node
+        return (node.out, *node.more) if isinstance(node, Reduction) else (node.out,)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(value.name for value in self.outs)
+
     def loads(self) -> tuple[ex.Load, ...]:
         """All loads, those that decide where a store goes included."""
-        return tuple(load for root in (self.placed.expr, *self.placed.bind) for load in ex.loads(root))
+        return tuple(load for root in self.placed.roots for load in ex.loads(root))
 
 
 @dataclass(frozen=True)
@@ -72,24 +82,27 @@ class _Emitter:
     graph: Graph
     group: Group
     stored: set[str]
+    by_name: dict[str, Member] = field(default_factory=dict)
+    values: dict[str, Value] = field(default_factory=dict)
     passes: dict[str, int] = field(default_factory=dict)
     scratch: dict[str, Scratch] = field(default_factory=dict)
     recomputed: set[str] = field(default_factory=set)
 
     def kernel(self) -> Kernel:
-        self.by_name = {m.name: m for m in self.group.members}
+        self.by_name = {name: m for m in self.group.members for name in m.names}
+        self.values = {value.name: value for m in self.group.members for value in m.outs}
         self._assign_passes()
         self._keep_between_passes()
         body = self._rows() if self.group.domain.inner else self._flat()
-        outs = [m for m in self.group.members if m.name in self.stored]
+        outs = [(m, value) for m in self.group.members for value in m.outs if value.name in self.stored]
         origin = Origin()
         for member in self.group.members:
             origin = origin | member.placed.form.node.origin
         return Kernel(
-            outs=tuple(m.out for m in outs),
+            outs=tuple(value for _, value in outs),
             body=body,
-            targets=tuple(n.target if isinstance(n := m.placed.form.node, Store) else None for m in outs),
-            inplace=self._inplace(outs),
+            targets=tuple(n.target if isinstance(n := m.placed.form.node, Store) else None for m, _ in outs),
+            inplace=self._inplace([m for m, _ in outs]),
             origin=origin,
         )
 
@@ -143,7 +156,7 @@ class _Emitter:
                 return None
             source = self.by_name[node.buffer]
             if source.spread != "row" or self.passes[source.name] == number:
-                return ex.local(source.name, source.out.dtype)
+                return ex.local(node.buffer, self.values[node.buffer].dtype)
             if source.name in self.recomputed:
                 return self._local(_typed(source.placed.expr, source.out), number)
             if source.name in self.scratch:
@@ -234,7 +247,9 @@ class _Emitter:
         for m in folds:
             node = m.placed.form.node
             assert isinstance(node, Reduction)
-            accumulators.append(Accumulator(f"{m.name}_acc", node.kind, self._body(m, number)))
+            name, *more = (f"{name}_acc" for name in m.names)
+            others = tuple(self._local(e, number) for e in m.placed.others)
+            accumulators.append(Accumulator(name, node.kind, self._body(m, number), tuple(more), others))
         return Fold(inner, roles, tuple(accumulators), lets, writes)
 
     def _finished(self, folds: list[Member]) -> list[Stmt]:
@@ -244,10 +259,12 @@ class _Emitter:
             node = m.placed.form.node
             assert isinstance(node, Reduction)
             accumulated = Accumulator(f"{m.name}_acc", node.kind, m.placed.expr).dtype
-            found.append(Let(m.name, ex.to(ex.local(f"{m.name}_acc", accumulated), m.out.dtype)))
+            for value in m.outs:
+                found.append(Let(value.name, ex.to(ex.local(f"{value.name}_acc", accumulated), value.dtype)))
         for m in folds:
-            if m.name in self.stored:
-                found.append(Write(m.name, m.placed.address, ex.local(m.name, m.out.dtype)))
+            for value in m.outs:
+                if value.name in self.stored:
+                    found.append(Write(value.name, m.placed.address, ex.local(value.name, value.dtype)))
         return found
 
     def _outer_role(self) -> Role:
@@ -300,15 +317,5 @@ def _typed(body: ex.Expr, out: Value) -> ex.Expr:
 def _meets_itself(write: Write, last: sympy.Symbol) -> bool:
     """Whether two lanes along ``last`` may write the same address."""
     step = coefficient(write.address, last)
-    fixed = all(last not in e.free_symbols for b in write.bind for e in _index_parts(b))
+    fixed = all(last not in e.free_symbols for b in write.bind for e in index_parts(b))
     return step is None or step == 0 or not fixed
-
-
-def _index_parts(root: ex.Expr) -> list[sympy.Expr]:
-    found: list[sympy.Expr] = []
-    for node in ex.walk(root):
-        if isinstance(node, ex.Load):
-            found += list(node.index)
-        elif isinstance(node, ex.Index):
-            found.append(node.expr)
-    return found

@@ -25,9 +25,11 @@ from dcompile.errors import CompilerBug
 from dcompile.ir import expr as ex
 from dcompile.ir.graph import Graph, hint
 from dcompile.ir.index import product
-from dcompile.ir.nodes import Node, Pointwise, Reduction, Store, View
+from dcompile.ir.nodes import Node, Pointwise, Reduction, Scan, Store, View
 from dcompile.schedule.emit import PARALLEL_WORK, Group, Member, emit_kernel
-from dcompile.schedule.loops import Domain, Form, coefficient, form_of, place, single_element
+from dcompile.schedule.loops import Domain, Form, coefficient, form_of, place
+from dcompile.schedule.scan import scan_kernel
+from dcompile.schedule.special import drop_trivial_folds
 
 MAX_BUFFERS = 32
 """Most buffers one kernel touches: each needs an address register or a reload in every iteration, and hardware
@@ -43,8 +45,8 @@ few enough for the first-level cache."""
 
 
 def fuse(graph: Graph, ctx: Context) -> Graph:
-    """LOOPS to KERNELS: every Pointwise, Reduction and Store becomes part of a Kernel."""
-    graph = copy_unaliasable_views(graph)
+    """LOOPS to KERNELS: every Pointwise, Reduction and Store becomes part of a Kernel, every Scan one of its own."""
+    graph = drop_trivial_folds(copy_unaliasable_views(graph), ctx)
     grouping = _Grouping(graph, ctx)
     for position in range(len(graph.nodes)):
         grouping.add(position)
@@ -146,7 +148,7 @@ class _Grouping:
         self.readers: dict[str, list[int]] = {}
 
     def add(self, position: int) -> None:
-        node = single_element(self.graph.nodes[position])
+        node = self.graph.nodes[position]
         direct = {self.unit_of[p] for p in self.before[position]}
         if isinstance(node, Pointwise | Reduction | Store):
             form = form_of(self.graph, node)
@@ -293,7 +295,7 @@ class _Grouping:
 
     def _consistent(self, members: Sequence[Member], new: Member) -> bool:
         """Every access between ``new`` and the members is to the position being processed."""
-        by_name = {m.name: m for m in members}
+        by_name = {name: m for m in members for name in m.names}
         node = new.placed.form.node
         for load in new.loads():
             source = by_name.get(load.buffer)
@@ -315,7 +317,7 @@ class _Grouping:
             if writer.placed.bind or writer.placed.form.node.mode != "set":
                 return False
             root = self.roots[writer.name]
-            if self.roots[other.name] == root:
+            if any(self.roots[name] == root for name in other.names):
                 return False
             for load in other.loads():
                 if self.roots[load.buffer] == root and (
@@ -370,13 +372,15 @@ class _Grouping:
 
     def _node(self, unit: _Unit) -> Node:
         if unit.group is None:
-            return self.graph.nodes[unit.positions[0]]
+            node = self.graph.nodes[unit.positions[0]]
+            return scan_kernel(self.graph, node) if isinstance(node, Scan) else node
         inside = set(unit.positions)
         needed = {
-            m.name
+            name
             for m in unit.group.members
+            for name in m.names
             if isinstance(m.placed.form.node, Store)
-            or m.name in self.graph.output_names
-            or any(user not in inside for user in self.graph.users[m.name])
+            or name in self.graph.output_names
+            or any(user not in inside for user in self.graph.users[name])
         }
         return emit_kernel(self.graph, unit.group, needed)

@@ -14,7 +14,7 @@ from dcompile.analyse.context import Context
 from dcompile.collectives.nodes import Kind, Start, Wait
 from dcompile.ir import expr as ex
 from dcompile.ir.graph import Graph
-from dcompile.ir.nodes import Extern, Node, Pack, Pointwise, Reduction, Ref, Store
+from dcompile.ir.nodes import Extern, Node, Pack, Pointwise, Reduction, Ref, Scan, Store
 from dcompile.ir.types import Value
 
 _KINDS = (Kind.ALL_REDUCE, Kind.BROADCAST)
@@ -158,7 +158,7 @@ def donate_sources(graph: Graph, ctx: Context) -> Graph:
 
     def dies(name: str, at: int) -> bool:
         maker = graph.nodes[producers[name]] if name in producers else None
-        if roots[name] != name or not isinstance(maker, Pointwise | Reduction | Pack | Extern):
+        if roots[name] != name or not isinstance(maker, Pointwise | Reduction | Scan | Pack | Extern):
             return False
         if isinstance(maker, Extern) and maker.out_op is None and maker.fallback:
             return False  # an unknown library op may keep or share what it returns

@@ -15,7 +15,7 @@ from dcompile.analyse.context import Context
 from dcompile.ir import expr as ex
 from dcompile.ir.graph import Graph, hint
 from dcompile.ir.index import FloorDiv, Mod, Ranges, simplify
-from dcompile.ir.nodes import Axis, Node, Pointwise, Reduction, Store
+from dcompile.ir.nodes import Loop, Node, Pointwise, Store, loop_axes
 from dcompile.ir.types import Size
 from dcompile.schedule.simplify import drop_dead, reads_elsewhere
 
@@ -35,7 +35,7 @@ def inline_pointwise(graph: Graph, ctx: Context) -> Graph:
     nodes = list(graph.nodes)
     producers = {n.out.name: p for p, n in enumerate(nodes) if isinstance(n, Pointwise)}
     for position, node in enumerate(graph.nodes):
-        if not isinstance(node, Pointwise | Reduction | Store):
+        if not isinstance(node, Loop):
             continue
         for name in node.operands:
             source = producers.get(name)
@@ -61,7 +61,7 @@ _SAME_SHAPE = "computed once for readers of its own shape"
 
 def _refusal(graph: Graph, producer: Pointwise, reader: Node, name: str) -> str | None:
     """Why ``producer`` is not inlined into ``reader``; None if it is."""
-    if not isinstance(reader, Pointwise | Reduction | Store):
+    if not isinstance(reader, Loop):
         return "its reader is no loop"
     if isinstance(reader, Store) and any(name in _names(b) for b in reader.bind):
         return "it decides where a store goes"
@@ -69,16 +69,14 @@ def _refusal(graph: Graph, producer: Pointwise, reader: Node, name: str) -> str 
     cost = ex.flops(body)
     if not ex.loads(body) and cost == 0:
         return None
-    if _count_ops(body) + _count_ops(reader.expr) > MAX_OPS:
+    if _count_ops(body) + sum(map(_count_ops, reader.exprs)) > MAX_OPS:
         return f"the body would exceed {MAX_OPS} operations"
     hints = graph.size_hints
-    sites = [load for load in ex.loads(reader.expr) if load.buffer == name]
+    sites = {load for root in reader.exprs for load in ex.loads(root) if load.buffer == name}
     evaluations = hint(_iterations(reader), hints) * len(sites)
     elements = max(1, hint(producer.out.numel, hints))
     users = graph.users[name]
-    stored_anyway = name in graph.output_names or any(
-        not isinstance(graph.nodes[u], Pointwise | Reduction | Store) for u in users
-    )
+    stored_anyway = name in graph.output_names or any(not isinstance(graph.nodes[u], Loop) for u in users)
     if len(users) == 1 and not stored_anyway and evaluations <= elements:
         return None
     itemsize = producer.out.dtype.itemsize
@@ -105,23 +103,17 @@ def _count_ops(root: ex.Expr) -> int:
     return sum(1 for node in ex.walk(root) if isinstance(node, ex.Op | ex.Masked))
 
 
-def _axes(node: Node) -> tuple[Axis, ...]:
-    if isinstance(node, Reduction):
-        return node.axes + node.raxes
-    assert isinstance(node, Pointwise | Store)
-    return node.axes
-
-
-def _iterations(node: Node) -> Size:
+def _iterations(node: Loop) -> Size:
     total: Size = 1
-    for _, size in _axes(node):
+    for _, size in loop_axes(node):
         total = total * size
     return total
 
 
 def _inline(reader: Node, producer: Pointwise) -> Node:
     """``reader`` with every load of the producer's value replaced by the producer's body at that position."""
-    ranges: Ranges = dict(_axes(reader))
+    assert isinstance(reader, Loop)
+    ranges: Ranges = dict(loop_axes(reader))
     name = producer.out.name
 
     def leaf(node: ex.Expr) -> ex.Expr | None:
@@ -130,8 +122,10 @@ def _inline(reader: Node, producer: Pointwise) -> Node:
         mapping = {var: at for (var, _), at in zip(producer.axes, node.index, strict=True)}
         return tidy(ex.substitute(producer.expr, mapping, node.bind), ranges)
 
-    assert isinstance(reader, Pointwise | Reduction | Store)
-    return replace(reader, expr=ex.transform(reader.expr, leaf), origin=producer.origin | reader.origin)
+    origin = producer.origin | reader.origin
+    if isinstance(reader, Store):  # where it goes is left as it is
+        return replace(reader, expr=ex.transform(reader.expr, leaf), origin=origin)
+    return replace(reader.map(lambda e: ex.transform(e, leaf)), origin=origin)
 
 
 def tidy(root: ex.Expr, ranges: Ranges) -> ex.Expr:

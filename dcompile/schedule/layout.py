@@ -10,7 +10,7 @@ from dataclasses import replace
 from dcompile.analyse.context import Context
 from dcompile.ir import expr as ex
 from dcompile.ir.graph import Graph, hint
-from dcompile.ir.nodes import Node, Pointwise, Reduction, Store
+from dcompile.ir.nodes import Loop, Node, Pointwise
 from dcompile.ir.types import Size, Value
 
 
@@ -40,7 +40,7 @@ def _is_free(graph: Graph, name: str, written: set[str]) -> bool:
     return (
         name not in graph.output_names
         and name not in written
-        and all(isinstance(graph.nodes[u], Pointwise | Reduction | Store) for u in graph.users[name])
+        and all(isinstance(graph.nodes[u], Loop) for u in graph.users[name])
     )
 
 

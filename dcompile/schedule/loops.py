@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
@@ -10,11 +11,12 @@ import sympy
 from dcompile.ir import expr as ex
 from dcompile.ir.graph import Graph
 from dcompile.ir.index import FloorDiv, Mod, flatten_index, product, simplify, symbol, unflatten
-from dcompile.ir.nodes import Axis, Node, Pointwise, Reduction, Store
+from dcompile.ir.nodes import Axis, Pointwise, Reduction, Store
 from dcompile.ir.types import Size
 from dcompile.schedule.inline import tidy
 
-Loop: TypeAlias = Pointwise | Reduction | Store
+Single: TypeAlias = Pointwise | Reduction | Store
+"""Loop nodes that fusion groups: one address for everything they write."""
 
 
 @dataclass(frozen=True)
@@ -26,14 +28,26 @@ class Form:
         expr: body with flat addresses.
         address: where the result goes, in elements of the written value; for a reduction over ``axes`` only.
         bind: data-dependent parts of ``address``.
+        others: further operands of a reduction, with flat addresses.
     """
 
-    node: Loop
+    node: Single
     axes: tuple[Axis, ...]
     raxes: tuple[Axis, ...]
     expr: ex.Expr
     address: sympy.Expr
     bind: tuple[ex.Expr, ...] = ()
+    others: tuple[ex.Expr, ...] = ()
+
+    def map(self, change: Callable[[ex.Expr], ex.Expr], address: Callable[[sympy.Expr], sympy.Expr]) -> Form:
+        """The same form of changed expressions, at a changed address."""
+        return replace(
+            self,
+            expr=change(self.expr),
+            address=address(self.address),
+            bind=tuple(change(b) for b in self.bind),
+            others=tuple(change(e) for e in self.others),
+        )
 
     @property
     def numel(self) -> Size:
@@ -44,28 +58,19 @@ class Form:
         return product(tuple(size for _, size in self.raxes))
 
 
-def form_of(graph: Graph, node: Loop) -> Form:
+def form_of(graph: Graph, node: Single) -> Form:
     """Flatten the addresses of ``node``, order its axes by the strides of its result, and merge neighbours."""
     raxes = node.raxes if isinstance(node, Reduction) else ()
     ranges = dict(node.axes + raxes)
     expr = flatten_loads(graph, node.expr, ranges)
     bind = tuple(flatten_loads(graph, b, ranges) for b in node.bind) if isinstance(node, Store) else ()
+    others = tuple(flatten_loads(graph, e, ranges) for e in node.others) if isinstance(node, Reduction) else ()
     position = node.index if isinstance(node, Store) else tuple(var for var, _ in node.axes)
     address = simplify(flatten_index(position, node.out.stride), ranges)
-    axes = tuple(sorted(_real(node.axes), key=lambda axis: _step_key(address, axis[0])))
-    form = Form(node, axes, _real(raxes), expr, address, bind)
+    axes = tuple(sorted(_real(node.axes), key=lambda axis: step_key(address, axis[0])))
+    form = Form(node, axes, _real(raxes), expr, address, bind, others)
     form = _drop_ones(form, ranges)
     return _merge(_merge(form, "axes"), "raxes")
-
-
-def single_element(node: Node) -> Node:
-    """A reduction over extents that are all 1 as the pointwise loop it is."""
-    if not isinstance(node, Reduction) or any(size != 1 for _, size in node.raxes):
-        return node
-    zero = {var: sympy.Integer(0) for var, _ in node.raxes}
-    position = node.kind in ("argmax", "argmin")
-    body = ex.const(0, node.out.dtype) if position else ex.to(ex.substitute(node.expr, zero), node.out.dtype)
-    return Pointwise(out=node.out, axes=node.axes, expr=body, origin=node.origin)
 
 
 def flatten_loads(graph: Graph, root: ex.Expr, ranges: dict[sympy.Symbol, Size]) -> ex.Expr:
@@ -88,15 +93,10 @@ def _drop_ones(form: Form, ranges: dict[sympy.Symbol, Size]) -> Form:
     zero = {var: sympy.Integer(0) for var, size in ranges.items() if size == 1}
     if not zero:
         return form
-    return replace(
-        form,
-        expr=ex.substitute(form.expr, zero),
-        address=form.address.xreplace(zero),
-        bind=tuple(ex.substitute(b, zero) for b in form.bind),
-    )
+    return _substitute(form, dict(zero))
 
 
-def _step_key(address: sympy.Expr, var: sympy.Symbol) -> tuple[int, int]:
+def step_key(address: sympy.Expr, var: sympy.Symbol) -> tuple[int, int]:
     step = coefficient(address, var)
     return (0, 0) if step is None or step == 0 or not step.is_Integer else (1, -int(step))
 
@@ -111,14 +111,19 @@ def coefficient(address: sympy.Expr, var: sympy.Symbol) -> sympy.Expr | None:
 
 def addresses(form: Form) -> list[sympy.Expr]:
     """Every index expression of the form, those inside data-dependent positions included."""
-    found: dict[sympy.Expr, None] = {form.address: None}
-    for root in (form.expr, *form.bind):
-        for node in ex.walk(root):
-            if isinstance(node, ex.Load):
-                found[node.index[0]] = None
-            elif isinstance(node, ex.Index):
-                found[node.expr] = None
-    return list(found)
+    parts = (part for root in (form.expr, *form.others, *form.bind) for part in index_parts(root))
+    return list(dict.fromkeys((form.address, *parts)))
+
+
+def index_parts(root: ex.Expr) -> list[sympy.Expr]:
+    """Every index expression of ``root``, those inside data-dependent positions included."""
+    found: list[sympy.Expr] = []
+    for node in ex.walk(root):
+        if isinstance(node, ex.Load):
+            found += node.index
+        elif isinstance(node, ex.Index):
+            found.append(node.expr)
+    return found
 
 
 def _merge(form: Form, which: str) -> Form:
@@ -127,14 +132,14 @@ def _merge(form: Form, which: str) -> Form:
     at = len(axes) - 2
     while at >= 0:
         (outer, outer_size), (inner, inner_size) = axes[at], axes[at + 1]
-        if all(_steps_as_one(a, outer, inner, inner_size) for a in addresses(form)):
+        if all(steps_as_one(a, outer, inner, inner_size) for a in addresses(form)):
             form = _substitute(form, {outer: sympy.Integer(0)})
             axes[at : at + 2] = [(inner, product((outer_size, inner_size)))]
         at -= 1
     return replace(form, axes=tuple(axes)) if which == "axes" else replace(form, raxes=tuple(axes))
 
 
-def _steps_as_one(address: sympy.Expr, outer: sympy.Symbol, inner: sympy.Symbol, inner_size: Size) -> bool:
+def steps_as_one(address: sympy.Expr, outer: sympy.Symbol, inner: sympy.Symbol, inner_size: Size) -> bool:
     free = address.free_symbols
     if outer not in free and inner not in free:
         return True
@@ -143,12 +148,7 @@ def _steps_as_one(address: sympy.Expr, outer: sympy.Symbol, inner: sympy.Symbol,
 
 
 def _substitute(form: Form, mapping: dict[sympy.Symbol, sympy.Expr]) -> Form:
-    return replace(
-        form,
-        expr=ex.substitute(form.expr, mapping),
-        address=form.address.xreplace(mapping),
-        bind=tuple(ex.substitute(b, mapping) for b in form.bind),
-    )
+    return form.map(lambda e: ex.substitute(e, mapping), lambda address: address.xreplace(mapping))
 
 
 @dataclass(frozen=True)
@@ -175,6 +175,12 @@ class Placed:
     expr: ex.Expr
     address: sympy.Expr
     bind: tuple[ex.Expr, ...]
+    others: tuple[ex.Expr, ...] = ()
+
+    @property
+    def roots(self) -> tuple[ex.Expr, ...]:
+        """Every expression that is evaluated."""
+        return (self.expr, *self.others, *self.bind)
 
 
 def place(form: Form, domain: Domain, spread: str) -> Placed | None:
@@ -197,16 +203,11 @@ def place(form: Form, domain: Domain, spread: str) -> Placed | None:
             return None
         mapping.update(image)
     ranges = dict(domain.outer_axes + domain.inner_axes)
-    placed = _substitute(form, mapping)
-    expr = tidy(placed.expr, ranges)
-    address = simplify(placed.address, ranges)
-    bind = tuple(tidy(b, ranges) for b in placed.bind)
-    result = Placed(form, expr, address, bind)
+    moved = _substitute(form, mapping).map(lambda e: tidy(e, ranges), lambda address: simplify(address, ranges))
+    result = Placed(form, moved.expr, moved.address, moved.bind, moved.others)
     fast = [axes[-1][0] for axes in (domain.outer_axes if not domain.inner else (), domain.inner_axes) if axes]
     before = any(a.has(FloorDiv, Mod) for a in addresses(form))
-    if not before and any(
-        _divides_by(a, fast) for a in addresses(replace(form, expr=expr, address=address, bind=bind))
-    ):
+    if not before and any(_divides_by(a, fast) for a in addresses(moved)):
         return None
     return result
 

@@ -11,14 +11,15 @@ from dcompile.analyse.context import Context
 from dcompile.ir import expr as ex
 from dcompile.ir.graph import Graph
 from dcompile.ir.index import FloorDiv, Mod, Ranges, simplify
-from dcompile.ir.nodes import Node, Pointwise, Reduction, Store, View
+from dcompile.ir.nodes import Loop, Node, Pointwise, Reduction, Scan, Store, View, loop_axes
 from dcompile.ir.symbolic import learned, symbols_of
 from dcompile.ir.types import Value, contiguous_stride
+from dcompile.schedule.special import drop_trivial_folds
 
 
 def simplify_graph(graph: Graph, ctx: Context) -> Graph:
     """All of this module, in an order in which one run is enough."""
-    for step in (see_through_views, merge_equal, drop_copies, drop_dead, detach_overlapping_stores):
+    for step in (drop_trivial_folds, see_through_views, merge_equal, drop_copies, drop_dead, detach_overlapping_stores):
         graph = step(graph, ctx)
     return graph
 
@@ -34,7 +35,7 @@ def see_through_views(graph: Graph, ctx: Context) -> Graph:
                 index = compose(base, node.index, dict(node.axes))
                 node = replace(node, base=base.base, index=index, origin=node.origin | base.origin)
             views[node.out.name] = node
-        elif isinstance(node, Pointwise | Reduction | Store) and any(name in views for name in node.operands):
+        elif isinstance(node, Loop) and any(name in views for name in node.operands):
             node = _load_through(node, views)
         nodes.append(node)
     return graph.with_nodes(tuple(nodes))
@@ -50,8 +51,8 @@ def _short(expr: sympy.Expr, ranges: Ranges) -> sympy.Expr:
     return simplify(expr, ranges) if expr.has(FloorDiv, Mod) else expr
 
 
-def _load_through(node: Pointwise | Reduction | Store, views: dict[str, View]) -> Node:
-    ranges = dict(node.axes + (node.raxes if isinstance(node, Reduction) else ()))
+def _load_through(node: Loop, views: dict[str, View]) -> Node:
+    ranges = dict(loop_axes(node))
 
     def leaf(item: ex.Expr) -> ex.Expr | None:
         if not isinstance(item, ex.Load) or item.buffer not in views:
@@ -59,10 +60,7 @@ def _load_through(node: Pointwise | Reduction | Store, views: dict[str, View]) -
         view = views[item.buffer]
         return ex.load(view.base, compose(view, item.index, ranges), item.dtype, item.bind)
 
-    changed = replace(node, expr=ex.transform(node.expr, leaf))
-    if isinstance(changed, Store):
-        changed = replace(changed, bind=tuple(ex.transform(b, leaf) for b in changed.bind))
-    return changed
+    return node.map(lambda e: ex.transform(e, leaf))
 
 
 def merge_equal(graph: Graph, ctx: Context) -> Graph:
@@ -72,19 +70,19 @@ def merge_equal(graph: Graph, ctx: Context) -> Graph:
     mutated = {name for node in graph.nodes for name in node.mutates}
     own_memory = {roots[name] for name in mutated | graph.output_names}
     writes: dict[str, int] = {}
-    seen: dict[tuple[object, ...], Value] = {}
+    seen: dict[tuple[object, ...], tuple[Value, ...]] = {}
     names: dict[str, str] = {}
     nodes: list[Node] = []
     for node in graph.nodes:
         node = node.rename(names) if any(name in names for name in node.operands) else node
-        if isinstance(node, Pointwise | Reduction | View):
-            out = node.out.name
-            pinned = out in mutated or out in graph.output_names if isinstance(node, View) else out in own_memory
-            if not pinned:
+        if isinstance(node, Pointwise | Reduction | Scan | View):
+            memory = mutated | graph.output_names if isinstance(node, View) else own_memory
+            if not any(value.name in memory for value in node.defs):
                 state = tuple(writes.get(roots[name], 0) for name in node.operands)
-                first = seen.setdefault((*_value_key(node), state), node.out)
-                if first is not node.out:
-                    names[out] = first.name
+                own = node.defs
+                first = seen.setdefault((*_value_key(node), state), own)
+                if first is not own:
+                    names.update((mine.name, same.name) for mine, same in zip(own, first, strict=True))
                     continue
         for root in {roots[name] for name in node.mutates}:
             writes[root] = writes.get(root, 0) + 1
@@ -92,13 +90,15 @@ def merge_equal(graph: Graph, ctx: Context) -> Graph:
     return graph.with_nodes(tuple(nodes))
 
 
-def _value_key(node: Pointwise | Reduction | View) -> tuple[object, ...]:
-    out = (node.out.dtype, node.out.shape, node.out.stride, node.out.device)
+def _value_key(node: Pointwise | Reduction | Scan | View) -> tuple[object, ...]:
+    out = tuple((value.dtype, value.shape, value.stride, value.device) for value in node.defs)
     if isinstance(node, View):
         return (View, out, node.base, node.axes, node.index)
     if isinstance(node, Pointwise):
         return (Pointwise, out, node.axes, node.expr)
-    return (Reduction, out, node.kind, node.axes, node.raxes, node.expr)
+    if isinstance(node, Scan):
+        return (Scan, out, node.axes, node.along, node.exprs, node.combine, node.start)
+    return (Reduction, out, node.kind, node.axes, node.raxes, node.exprs)
 
 
 def is_copy_of(node: Node) -> str | None:

@@ -40,6 +40,12 @@ graph forward(x: f32[4, 8], s0: size = 12, w: f32[8, 16]{1, 8}, idx: i64[4], tab
   _, t7: i64[4] = extern aten.sort.default(%t2, 0, false)
   extern lib.log.default(%t7, "a \\"b\\"\\n", <dtype "f32">, [1, -2.5, none, s0 + 1], alpha = inf) effect fallback seq
   t8: f32[4, 8], t9: f32[8, 4]{1, 8} = extern lib.f.g(%x) writes (x) versions (x1: f32[4, 8]) aliases (_, x) barrier
+  t10: f32[4], t11: f32[4], t12: f32[4] = reduce welford (i0: 4; r0: 8) t8[i0, r0]
+  t13: f32[], t14: f32[], t15: f32[] = reduce welford_merge (; r0: 4) (t10[r0], t11[r0], t12[r0])
+  t16: i32[4] = reduce xor (i0: 4; r0: 8) to_i32(t8[i0, r0])
+  t17: f32[4, 8] = scan (i0: 4, i1: 8) along i1 (to_f64(t8[i0, i1])) by (left0 + right0) from (0.0:f64)
+  t18: f32[4], t19: i64[4] = scan (i0: 4) along i0 (t2[i0], index(i0)) by (left0 - right0, left1) from (0.0:f32, 0:i64)
+  t20: f32[4, 8] = scan (i0: 4, i1: 8) along i1 (t8[i0, i1]) by (left0 + right0 * 2.0:f32)
   return %t6, s0 + 2, 1.5, true, none, 3, %t6
 }
 """
@@ -61,6 +67,15 @@ graph inference(x: f32[4, 16], y: f32[4, 16]) {
         write add y1[16*i0 + q0 | q0 = best] = buffer[i1] / inverse
       }
       write s[i0] = total
+      fold (simd r0: 16) {
+        mean, squares, n = welford x[16*i0 + r0]
+        a, b, c = welford_merge (x[16*i0 + r0], top, 1.0:f32)
+      }
+      scan (r0: 16) {
+        let e = exp(x[16*i0 + r0])
+        a, b = running (e, index(r0)) by (left0 + right0, maximum(left1, right1))
+        write y1[16*i0 + r0] = a + mean / n
+      }
     }
   }
   return %y1, %s
