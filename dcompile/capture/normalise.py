@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._ops import OpOverload
 from torch.utils._python_dispatch import _disable_current_modes as disable_current_modes
 
 from dcompile.capture.comm import (
     AUTOGRAD_NAMESPACE,
     NAMESPACE,
+    acts,
     communication,
     eliminate_dead_code,
     is_launch,
@@ -31,6 +33,7 @@ def normalise(gm: fx.GraphModule) -> None:
     """Bring ``gm`` into the form the next stages expect, in place."""
     _drop_noise(gm)
     _read_constants(gm)
+    _ask_for_numbers(gm)
     _one_namespace(gm)
     if any(communication(node) for node in gm.graph.nodes):
         _Waits(gm).run()
@@ -59,6 +62,19 @@ def _read_constants(gm: fx.GraphModule) -> None:
         if type(found) in (torch.Tensor, torch.nn.Parameter) and found.numel() == 1:
             with disable_current_modes():
                 node.meta[SCALAR] = found.item()
+
+
+def _ask_for_numbers(gm: fx.GraphModule) -> None:
+    """Note what custom ops return that return numbers alone: tracing keeps the number and forgets where it is from."""
+    for node in gm.graph.nodes:
+        if (
+            acts(node)
+            and "val" not in node.meta
+            and isinstance(node.target, OpOverload)
+            and node.target._schema.returns
+        ):
+            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+            node.meta["val"] = node.target(*args, **kwargs)
 
 
 def _one_namespace(gm: fx.GraphModule) -> None:

@@ -68,6 +68,7 @@ class _Printer(HostFrame):
     def __init__(self, plan: Plan, module: Module, name: str, timeline: bool) -> None:
         super().__init__(plan, name, timeline)
         self.module = module
+        self.told: dict[tuple[int, int], str] = {}
         self.pointer_uses = self._count_pointer_uses()
         intervals = plan.prediction.intervals if plan.prediction else ()
         self.predicted_us = {interval.position: interval.end_us - interval.start_us for interval in intervals}
@@ -126,9 +127,13 @@ class _Printer(HostFrame):
             for out in planned:
                 self._expect(node, out, self.tensor(out.name), address=self.pointer(out.name))
             return
-        results = self._result_variables(node)
+        results = self._result_variables(position, node)
         call = f"{self.bind('op', node.op)}({', '.join(arguments)})"
+        call = f"rt.leaves({call})" if node.nested else call
         self.say(f"{results} = {call}" if results else call, comment)
+        for at, promised in node.promises:
+            wanted = arg_text(promised, self.symbols, self.tensor, self.device)
+            self.say(f"rt.check_number({self.told[position, at]}, {wanted}, {_call_text(node)!r})")
         for number in node.binds:
             self._learn(number, node)
         for result in node.outs:
@@ -137,14 +142,13 @@ class _Printer(HostFrame):
         for name in node.writes:
             self.moved(name)
 
-    def _result_variables(self, node: Extern) -> str:
-        told = {number.at: number.name for number in node.binds if number.at is not None}
+    def _result_variables(self, position: int, node: Extern) -> str:
+        told = {number.at: self._number(number.name) for number in node.binds if number.at is not None}
+        for at, _ in node.promises:
+            told[at] = self.told[position, at] = self.var.fresh("number")
         if not told and not any(out is not None for out in node.outs):
             return ""
-        names = [
-            self.var(out.name) if out is not None else self._number(told[n]) if n in told else "_"
-            for n, out in enumerate(node.outs)
-        ]
+        names = [self.var(out.name) if out is not None else told.get(n, "_") for n, out in enumerate(node.outs)]
         return tuple_text(names) if node.seq or len(names) > 1 else names[0]
 
     def _program(self, name: str) -> str:
@@ -185,7 +189,7 @@ class _Printer(HostFrame):
         self.say(f"del {variable}")
 
     def _expect(self, node: Extern, out: Value, variable: str, address: str | None = None) -> None:
-        call = f"{node.out_op or node.op}{' at ' + node.origin.source if node.origin.source else ''}"
+        call = _call_text(node)
         shape, stride = sizes_text(out.shape, self.symbols), sizes_text(self.places[out.name].stride, self.symbols)
         parts = [variable, dtype_text(out.dtype), shape, stride, repr(call), *([address] if address else [])]
         learning = bool(node.binds)  # its sizes differ from call to call: looked at in every one
@@ -254,6 +258,11 @@ class _Printer(HostFrame):
         ended += [name for name in self.held if name in freed and name not in ended]
         ended += [name for name, end in self.input_ends.items() if end == position]
         self.forget(ended)
+
+
+def _call_text(node: Extern) -> str:
+    """Op and source line, for messages."""
+    return f"{node.out_op or node.op}{' at ' + node.origin.source if node.origin.source else ''}"
 
 
 def _out_arguments(op: str, count: int) -> list[str]:

@@ -308,6 +308,9 @@ class Extern(Node):
         fallback: no lowering rule exists; counted and named by ``dcompile.explain``.
         barrier: communicates in a way the compiler does not know: nothing moves across it.
         seq: one tensor in a list (False: the call returns ``outs[0]`` itself; True: a tuple or list).
+        nested: there are tuples and lists in that tuple or list; ``outs`` are the leaves in order.
+        promises: numbers that the call returned while tracing and that stand as constants in the program since, with
+            their position among the results. The call must return them again.
         binds: numbers that the call tells (``ir.symbolic``), each before those it is needed to find.
     """
 
@@ -324,6 +327,8 @@ class Extern(Node):
     barrier: bool = False
     seq: bool = False
     binds: tuple[Number, ...] = ()
+    nested: bool = False
+    promises: tuple[tuple[int, Size | float | bool], ...] = ()
 
     @property
     def defs(self) -> tuple[Def, ...]:

@@ -13,7 +13,7 @@ Grammar (values and axes: ``text_node``; scalar expressions: ``text_expr``; kern
            | value "=" "pack" (names)
            | outs "=" "extern" op "(" arg, ..., key "=" arg, ... ")" ["->" out_op] ["writes" (names)]
              ["versions" (values)] ["aliases" (names)] ["binds" "(" symbol "=" hint ["at" position], ... ")"]
-             ["effect"] ["fallback"] ["barrier"] ["seq"]
+             ["promises" "(" number ":" arg, ... ")"] ["effect"] ["fallback"] ["barrier"] ["seq"] ["nested"]
     arg    = "%" name ["item"] | "<" kind value ">" | "none" | "true" | "false" | number | string | size
            | "[" arg, ... "]"
     output = "%" name | "none" | "true" | "false" | float | size
@@ -54,7 +54,7 @@ from dcompile.ir.text_node import (
 from dcompile.ir.tokens import quote_name
 from dcompile.ir.types import Def, Number, Origin, Value
 
-_FLAGS = ("effect", "fallback", "barrier", "seq")
+_FLAGS = ("effect", "fallback", "barrier", "seq", "nested")
 print_body = text_kernel.print_body
 
 
@@ -330,6 +330,8 @@ def _print_extern(node: Extern) -> str:
         text += f" aliases ({print_names(node.aliases)})"
     if node.binds:
         text += f" binds ({', '.join(map(_print_number, node.binds))})"
+    if node.promises:
+        text += f" promises ({', '.join(f'{at}: {_print_arg(number)}' for at, number in node.promises)})"
     return text + "".join(f" {flag}" for flag in _FLAGS if getattr(node, flag))
 
 
@@ -359,12 +361,22 @@ def _read_extern(reader: Reader, left: tuple[Def | None, ...]) -> Extern:
     if reader.accept("binds"):
         reader.expect("(")
         binds = reader.sequence(lambda: _read_number(reader), ")")
+    promises: tuple[tuple[int, Any], ...] = ()
+    if reader.accept("promises"):
+        reader.expect("(")
+        promises = reader.sequence(lambda: _read_promise(reader), ")")
     flags: dict[str, Any] = {flag: reader.accept(flag) for flag in _FLAGS}
     outs = tuple(out if isinstance(out, Value) else None for out in left)
     return Extern(
         outs=outs, op=op, args=tuple(args), kwargs=tuple(kwargs), writes=writes, versions=versions, out_op=out_op,
-        aliases=aliases, binds=binds, **flags,
+        aliases=aliases, binds=binds, promises=promises, **flags,
     )  # fmt: skip
+
+
+def _read_promise(reader: Reader) -> tuple[int, Any]:
+    position = reader.integer("a position")
+    reader.expect(":")
+    return position, _read_arg(reader)
 
 
 def _print_number(number: Number) -> str:

@@ -12,7 +12,7 @@ RESERVED = frozenset(
     {
         "_", "graph", "return", "true", "false", "none", "inf", "nan", "size", "let", "in", "nest", "fold",
         "write", "scratch", "kernel", "extern", "writes", "versions", "aliases", "effect", "fallback",
-        "barrier", "seq", "targets", "inplace", "place", "root",
+        "barrier", "seq", "nested", "promises", "targets", "inplace", "place", "root",
     }
 )  # fmt: skip
 """Words that mean something where a name may stand; a value of such a name is printed in backquotes."""

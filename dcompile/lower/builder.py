@@ -51,7 +51,9 @@ class Lowering:
     Attributes:
         nodes: emitted so far.
         node: the fx node being lowered.
-        outs: what it returns, as values ready to be defined; None where it returns no tensor.
+        outs: what it returns, as values ready to be defined, those in nested lists in order; None where it returns no
+            tensor.
+        numbers: what stands for the numbers among them in the program, by position.
         group_size: number of ranks of a process group, given as the traced program names it.
         learned: size symbols whose values the program learns while it runs.
         main_device: where numbers that are no tensors in the traced program are computed.
@@ -67,6 +69,7 @@ class Lowering:
         self.origin = Origin()
         self.node: fx.Node = None  # type: ignore[assignment]
         self.outs: tuple[Value | None, ...] = ()
+        self.numbers: dict[int, Size | float | bool] = {}
         self.seed_counts: dict[str, int] = {}
         self.learned: set[sympy.Symbol] = set()
         self.main_device = "cpu"

@@ -14,7 +14,7 @@ import torch
 from dcompile.errors import Unsupported
 from dcompile.ir.nodes import Arg, Extern, Literal, Ref
 from dcompile.ir.symbolic import find
-from dcompile.ir.types import DType, Value
+from dcompile.ir.types import DType, Number, Value
 from dcompile.lower.builder import Lowering
 
 _ATTENTION = frozenset(
@@ -152,7 +152,8 @@ def call_library(lowering: Lowering, op: Any, args: tuple[Any, ...], kwargs: dic
             returned[position] = versions[written.index(source)]
         else:
             aliases[position] = source.name
-    numbers = lowering.learn(lowering.outs)
+    told = _told_numbers(lowering)
+    numbers = (*told, *lowering.learn(lowering.outs))
     args, kwargs = _plain_numbers(schema, args, kwargs)
     call = Extern(
         outs=tuple(outs),
@@ -167,6 +168,8 @@ def call_library(lowering: Lowering, op: Any, args: tuple[Any, ...], kwargs: dic
         fallback=not chosen and not (namespace == "aten" and (rest.split(".")[0] in LIBRARY_OPS or numbers)),
         barrier=namespace in COMMUNICATING,
         seq=_returns_sequence(schema),
+        nested=_is_nested(schema),
+        promises=tuple((at, n) for at, n in lowering.numbers.items() if at not in {number.at for number in told}),
         origin=lowering.origin,
     )
     for number in call.binds:
@@ -200,6 +203,29 @@ def _plain_numbers(
     return (
         tuple(plain(position, "", value) for position, value in enumerate(args)),
         {name: plain(None, name, value) for name, value in kwargs.items()},
+    )
+
+
+def _told_numbers(lowering: Lowering) -> tuple[Number, ...]:
+    """Those of the numbers among the results that the program learns only from this call."""
+    sizes = lowering.sizes
+    found = [(at, n) for at, n in lowering.numbers.items() if isinstance(n, sympy.Symbol) and n in sizes.unlearned]
+    sizes.told(n for _, n in found)
+    return tuple(Number(n.name, sizes.hints[n], at) for at, n in found)
+
+
+def gives_only_numbers(op: Any) -> bool:
+    """Whether a custom op returns numbers, or nothing, and no tensor."""
+    schema = op._schema
+    return op.namespace not in _BUILT_IN and not any("Tensor" in str(info.type) for info in schema.returns)
+
+
+_BUILT_IN = frozenset({"aten", "prims", "prim", *COMMUNICATING})
+
+
+def _is_nested(schema: Any) -> bool:
+    return len(schema.returns) > 1 and any(
+        "[]" in str(info.type) or "List" in str(info.type) for info in schema.returns
     )
 
 
@@ -239,4 +265,4 @@ def _has_effect(op: Any, name: str, kwargs: dict[str, Any], args: tuple[Any, ...
         drop = kwargs.get("dropout_p", args[at] if at is not None and at < len(args) else 0.0)
         return drop != 0.0 and "backward" not in name
     tags = getattr(op, "tags", ())
-    return torch.Tag.nondeterministic_seeded in tags or not op._schema.returns
+    return torch.Tag.nondeterministic_seeded in tags or not op._schema.returns or gives_only_numbers(op)

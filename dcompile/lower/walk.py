@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,7 @@ from dcompile.ir.index import symbol
 from dcompile.ir.nodes import Extern, Literal, Ref
 from dcompile.ir.types import DType, Origin, Size, Value
 from dcompile.lower.builder import SEED_NAMES, Lowering
-from dcompile.lower.fallback import call_library
+from dcompile.lower.fallback import call_library, gives_only_numbers
 from dcompile.lower.flight import InFlight, ViewInFlight
 from dcompile.lower.higher_order import Layouts, SubProgram, SubPrograms, call_programs, conform
 from dcompile.lower.numbers import ITEM, Numbers
@@ -291,6 +291,8 @@ class _Walker:
             position: Any = node.args[1]
             found = self.env[holder]
             return found[position] if isinstance(found, tuple) else self.resolve(holder)[position]
+        if isinstance(target, torch._ops.OpOverload) and gives_only_numbers(target):
+            return self.apply(node)
         if (handled := self.number(node)) is not _NO_NUMBER:
             return handled
         meta = node.meta.get("val")
@@ -375,7 +377,16 @@ class _Walker:
             except NoRule:
                 del lowering.nodes[mark:]
         kept = op in self.eager_ops or op.split(".")[1] in self.eager_ops
-        return call_library(lowering, target, args, kwargs, chosen=kept)
+        found = call_library(lowering, target, args, kwargs, chosen=kept)
+        flat = iter(found if isinstance(found, tuple) else (found,))
+        return self.arranged(node.meta.get("val"), flat, iter(lowering.numbers.values()))
+
+    def arranged(self, meta: Any, results: Iterator[Any], numbers: Iterator[Any]) -> Any:
+        """Results of a call, given one by one, in the lists and tuples in which the call returns them."""
+        if isinstance(meta, list | tuple):
+            return tuple(self.arranged(item, results, numbers) for item in meta)
+        found = next(results, None)
+        return next(numbers) if _is_number(meta) else found
 
     def arguments(self, node: fx.Node, target: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Arguments in the terms of rules; those that may be positional are, whatever way they were passed."""
@@ -391,14 +402,29 @@ class _Walker:
     def outputs_of(self, node: fx.Node) -> tuple[Value | None, ...]:
         meta = node.meta.get("val")
         name = self.names[node]
+        self.lowering.numbers = {}
         if isinstance(meta, torch.Tensor):
             return (self.lowering.value(name, meta),)
-        if not isinstance(meta, list | tuple):
+        if not isinstance(meta, list | tuple) and not _is_number(meta):
             return ()
-        return tuple(
-            self.lowering.value(self.lowering.fresh(f"{name}_{n}"), item) if isinstance(item, torch.Tensor) else None
-            for n, item in enumerate(meta)
-        )
+        outs: list[Value | None] = []
+        for n, item in enumerate(_leaves(meta)):
+            if _is_number(item):
+                self.lowering.numbers[n] = self.known_number(item)
+            is_tensor = isinstance(item, torch.Tensor)
+            outs.append(self.lowering.value(self.lowering.fresh(f"{name}_{n}"), item) if is_tensor else None)
+        return tuple(outs)
+
+    def known_number(self, meta: Any) -> Any:
+        """What stands for a number that a call returns."""
+        if isinstance(meta, torch.SymFloat | torch.SymBool):
+            raise Unsupported(
+                self.lowering.origin,
+                what=f"a {'truth' if isinstance(meta, torch.SymBool) else 'float'} that {self.lowering.node.target} "
+                "computes from data",
+                instead="return a tensor of no dimensions",
+            )
+        return self.lowering.sizes.size(meta) if isinstance(meta, torch.SymInt) else meta
 
     def allows(self, rule: Rule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether the operands are of kinds the rule can handle."""
@@ -416,6 +442,19 @@ def _main_device(gm: fx.GraphModule) -> str:
         if isinstance(meta, torch.Tensor) and meta.dim() > 0:
             return meta.device.type
     return "cpu"
+
+
+def _is_number(meta: Any) -> bool:
+    numbers = bool | int | float | torch.SymInt | torch.SymFloat | torch.SymBool
+    return isinstance(meta, numbers) and not isinstance(meta, torch.Tensor)
+
+
+def _leaves(meta: Any) -> Iterator[Any]:
+    if isinstance(meta, list | tuple):
+        for item in meta:
+            yield from _leaves(item)
+    else:
+        yield meta
 
 
 def _values(args: tuple[Any, ...]) -> list[Value]:

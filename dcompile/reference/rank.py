@@ -214,7 +214,10 @@ def _call(node: Extern, memory: Memory) -> None:
         returned = torch.randint(-(2**63), 2**63 - 1, (int(args[0]),), dtype=torch.int64)
     else:
         returned = operator(node.op)(*args, **kwargs)
-    results = list(returned) if node.seq else [returned]
+    results = _leaves(returned) if node.nested else list(returned) if node.seq else [returned]
+    for at, promised in node.promises:
+        if results[at] != (size_value(promised, memory.sizes) if isinstance(promised, sympy.Expr) else promised):
+            raise CompilerBug(f"{node.op} returned {results[at]} where the program has {promised}")
     for number in node.binds:
         memory.sizes[symbol(number.name)] = _learn(number, node, results, memory)
     aliases = node.aliases or (None,) * len(node.outs)
@@ -223,6 +226,10 @@ def _call(node: Extern, memory: Memory) -> None:
             memory.tensors[value.name] = _returned(node, value, alias, result, memory)
     for name, version in zip(node.writes, node.versions, strict=True):
         memory.tensors[version.name] = memory[name]
+
+
+def _leaves(result: Any) -> list[Any]:
+    return [leaf for item in result for leaf in _leaves(item)] if isinstance(result, tuple | list) else [result]
 
 
 def _learn(number: Number, node: Extern, results: list[Any], memory: Memory) -> int:

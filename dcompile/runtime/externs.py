@@ -87,6 +87,26 @@ def check_result(
         raise CompilerBug(f"{call} moved its result out of the memory it was given")
 
 
+def leaves(result: Any) -> list[Any]:
+    """What nested tuples and lists hold, in order."""
+    if isinstance(result, tuple | list):
+        return [leaf for item in result for leaf in leaves(item)]
+    return [result]
+
+
+def check_number(result: object, promised: object, call: str) -> None:
+    """Assert that a library call returned the number that stands for its result in the program.
+
+    Raises:
+        DCompileError: naming ``call`` (op and source line); its fake implementation does not tell the truth.
+    """
+    if result != promised and not (result != result and promised != promised):
+        raise DCompileError(
+            f"{call} returned {result}, but {promised} from its fake implementation, and the program was compiled for "
+            "that. Instead: have the fake implementation return the same number, or return a tensor"
+        )
+
+
 def same_stride(tensor: torch.Tensor, stride: Sequence[int]) -> bool:
     """Whether ``tensor`` addresses its elements as ``stride`` says; dimensions of size 1 do not count."""
     return not tensor.numel() or all(

@@ -13,7 +13,7 @@ import torch
 from dcompile.errors import CompilerBug
 from dcompile.runtime.arena import Arena, Block, alias
 from dcompile.runtime.comm import Communicator, Handle
-from dcompile.runtime.externs import check_result, resolve_op
+from dcompile.runtime.externs import check_number, check_result, leaves, resolve_op
 from dcompile.runtime.inputs import Layout as InputLayout
 from dcompile.runtime.inputs import conform, fits
 from dcompile.runtime.timeline import Clock, Recorder
@@ -104,6 +104,12 @@ class Runtime:
     def checked(self, sizes: object) -> None:
         """A call with these sizes has passed every check."""
         self._seen.add(sizes)
+
+    leaves = staticmethod(leaves)
+
+    def check_number(self, result: object, promised: object, call: str) -> None:
+        """See ``externs.check_number``."""
+        check_number(result, promised, f"{self.name}: {call}")
 
     def expect(
         self, result: torch.Tensor, dtype: torch.dtype, shape: Any, stride: Any, call: str, address: int | None = None

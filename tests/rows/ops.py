@@ -55,3 +55,29 @@ define("two_of_three(Tensor(a!) a, Tensor(b!) b, Tensor c) -> ()", _two_of_three
 define("halve(Tensor(a!) x, Tensor y) -> Tensor", _halve, lambda x, y: torch.empty_like(x))
 define("double_all(Tensor(a!)[] xs) -> ()", _double_all, lambda xs: None)
 define("fill_(Tensor(a!) x, float v) -> ()", _fill, lambda x, v: None)
+
+
+def _mixed(x: Tensor) -> tuple[Tensor, int, Tensor | None, list[Tensor], float]:
+    return x + 1, x.numel(), None, [x * 2, x * 3], x.numel() / 2
+
+
+def _mixed_fake(x: Tensor) -> tuple[Tensor, int, Tensor | None, list[Tensor], float]:
+    return torch.empty_like(x), x.numel(), None, [torch.empty_like(x), torch.empty_like(x)], x.numel() / 2
+
+
+define("mixed(Tensor x) -> (Tensor, int, Tensor?, Tensor[], float)", _mixed, _mixed_fake)
+define("halves(Tensor x) -> (Tensor low, Tensor high)", lambda x: (x / 2, x * 2), lambda x: (x + 0, x + 0))
+define("half_count(Tensor x) -> float", lambda x: x.numel() / 2, lambda x: x.numel() / 2)
+define("total(Tensor x) -> float", lambda x: float(x.sum()), lambda x: 0.0)
+
+
+def _positive_fake(x: Tensor) -> tuple[Tensor, torch.SymInt]:
+    count = torch.library.get_ctx().new_dynamic_size()
+    return x.new_empty(count), count
+
+
+define(
+    "positive(Tensor x) -> (Tensor, SymInt)",
+    lambda x: ((found := x[x > 0].clone()), found.numel()),
+    _positive_fake,
+)
