@@ -52,7 +52,18 @@ def same_bytes(a: Tensor, b: Tensor) -> bool:
 class Flight(Handle):
     """A collective in flight and what its buffers must look like at the wait."""
 
-    __slots__ = ("in_place", "kind", "number", "reduction", "results", "root", "snapshots", "sources", "truth")
+    __slots__ = (
+        "in_place",
+        "kind",
+        "number",
+        "reduction",
+        "results",
+        "root",
+        "snapshots",
+        "sources",
+        "splits",
+        "truth",
+    )
 
     def __init__(self, name: str, group: str, number: int) -> None:
         super().__init__(name, group)
@@ -147,10 +158,12 @@ class AdversaryComm:
         root: int | None,
         in_place: bool,
         name: str,
+        splits: tuple[tuple[int, ...], tuple[int, ...]] | None = None,
     ) -> Flight:
         number = self._numbers[group] = self._numbers.get(group, 0) + 1
         flight = Flight(name, group, number)
         flight.kind, flight.reduction, flight.root, flight.in_place = kind, reduction, root, in_place
+        flight.splits = splits
         flight.sources, flight.results = sources, results
         flight.truth = tuple(source.clone() for source in sources)
         for result in results:
@@ -169,9 +182,13 @@ class AdversaryComm:
             if not same_bytes(tensor, snapshot):
                 raise Touched(f"{handle.name}: a buffer of shape {list(tensor.shape)} was written while in flight")
         mine = handle.truth if handle.in_place else tuple(source.clone() for source in handle.sources)
+        if handle.splits is not None:
+            mine = tuple(torch.split(mine[0], list(handle.splits[0])))
         everyone = self.world.meet(handle, self.rank, mine)
         position = self.world.members(handle.group, self.rank).index(self.rank)
-        for n, result in enumerate(handle.results):
+        if handle.splits is not None:
+            handle.results[0].copy_(torch.cat([shares[position] for shares in everyone]))
+        for n, result in enumerate(handle.results if handle.splits is None else ()):
             values = [sources[n] for sources in everyone]
             result.copy_(collective(handle.kind, values, position, handle.reduction, handle.root).view(result.shape))
         self.flying.remove(handle)

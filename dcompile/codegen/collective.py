@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from dcompile.codegen.host_text import tuple_text
 from dcompile.collectives.nodes import Start
+from dcompile.ir.types import Size
 
 
 def describe(start: Start) -> str:
@@ -15,17 +16,22 @@ def describe(start: Start) -> str:
     return f"{start.pending.name} = {kind}{place}"
 
 
-def start_text(start: Start, handle: str, tensor: Callable[[str], str]) -> str:
-    """The launch: ``handle = start(kind, sources, results, group, reduction, root, in_place, name)``.
+def start_text(
+    start: Start, handle: str, tensor: Callable[[str], str], sizes: Callable[[tuple[Size, ...]], str]
+) -> str:
+    """The launch: ``handle = start(kind, sources, results, group, reduction, root, in_place, name[, splits])``.
 
     Args:
         handle: variable of the work handle.
         tensor: the expression of a tensor by its IR name.
+        sizes: the expression of a tuple of sizes.
     """
     sources = [tensor(name) for name in start.sources]
     results = sources if start.pending.in_place else [tensor(value.name) for value in start.pending.results]
     options = (start.group.label, start.reduction, start.root, start.pending.in_place, describe(start))
     arguments = ", ".join(repr(option) for option in options)
+    if start.in_splits:
+        arguments += f", ({sizes(start.in_splits)}, {sizes(start.out_splits)})"
     return f"{handle} = start({start.kind.value!r}, {tuple_text(sources)}, {tuple_text(results)}, {arguments})"
 
 

@@ -7,6 +7,7 @@ addresses are printed as ``cpu + offset``; tensors over arena memory are made on
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, Protocol
 
 import sympy
@@ -214,7 +215,8 @@ class _Printer(HostFrame):
         if not node.pending.in_place:
             for value in node.pending.results:
                 self.allocate(value.name)
-        text = collective.start_text(node, self.handles[node.pending.name], self.tensor)
+        sizes = partial(sizes_text, names=self.symbols)
+        text = collective.start_text(node, self.handles[node.pending.name], self.tensor, sizes)
         self.say(text, self._comment(position, node))
 
     def _tick(self, node: Node) -> None:

@@ -22,6 +22,9 @@ def _line(graph: Graph, start: Start) -> str:
     kind = start.kind.value + (f".{start.reduction}" if start.reduction else "")
     root = f" root {start.root}" if start.root is not None else ""
     sources = ", ".join(_operand(graph, name) for name in start.sources)
+    if start.in_splits:  # how many rows go where may differ from rank to rank
+        value = graph.value(start.sources[0])
+        sources = f"{value.dtype.value}[{', '.join(('*', *map(str, value.shape[1:])))}] in shares"
     comment = f"  # {start.origin.source}" if start.origin.source else ""
     return f"{kind} @{start.group.label}[{start.group.size}]{root} ({sources}){comment}"
 

@@ -3,6 +3,7 @@
 Grammar, beside that of ``ir.nodes``::
 
     node = pending = start kind[.reduction] (sources) @group [in place] [root n]
+           [splits [size, ...] -> [size, ...]]
          | value... = wait pending
 
 From the start to its wait nobody writes, frees or reuses the sources, and nobody touches the results. In place the
@@ -16,7 +17,7 @@ from enum import Enum
 
 from dcompile.collectives.group import Group
 from dcompile.ir.nodes import Node
-from dcompile.ir.types import Def, Value
+from dcompile.ir.types import Def, Size, Value
 
 
 class Kind(Enum):
@@ -52,6 +53,8 @@ class Start(Node):
     Attributes:
         reduction: one of ``REDUCTIONS`` for reducing kinds, else None.
         root: sending rank within the group for BROADCAST, else None.
+        in_splits, out_splits: for ALL_TO_ALL with unequal shares, rows of the source that go to each rank and rows of
+            the result that come from each; both empty where all shares are equal. They may differ from rank to rank.
     """
 
     pending: Pending
@@ -60,10 +63,16 @@ class Start(Node):
     sources: tuple[str, ...]
     reduction: str | None = None
     root: int | None = None
+    in_splits: tuple[Size, ...] = ()
+    out_splits: tuple[Size, ...] = ()
 
     @property
     def defs(self) -> tuple[Def, ...]:
         return (self.pending,)
+
+    @property
+    def extra_sizes(self) -> tuple[Size, ...]:
+        return (*self.in_splits, *self.out_splits)
 
     @property
     def operands(self) -> tuple[str, ...]:

@@ -53,13 +53,22 @@ BITWISE = frozenset({"band", "bor", "bxor"})
 """Reductions of integers and bool only."""
 
 
-def result_shape(kind: Kind, shape: tuple[Size, ...], group_size: int) -> tuple[Size, ...]:
+def result_shape(
+    kind: Kind, shape: tuple[Size, ...], group_size: int, out_splits: tuple[Size, ...] = ()
+) -> tuple[Size, ...]:
     """Shape of the result of one source. A scalar gathers and scatters as one row.
 
+    Args:
+        out_splits: see ``Start``.
+
     Raises:
-        ValueError: dimension 0 is not a multiple of the group size where it must be.
+        ValueError: dimension 0 is not a multiple of the group size where it must be, or there is none to split.
     """
     rule = RULES[kind]
+    if out_splits:
+        if not shape:
+            raise ValueError(f"{kind.value} of a tensor without dimensions in shares")
+        return (total_rows(out_splits), *shape[1:])
     if rule.divides and (not shape or not _divides(group_size, shape[0])):
         rows = shape[0] if shape else "no"
         raise ValueError(f"{kind.value} over {group_size} ranks of {rows} rows")
@@ -70,13 +79,18 @@ def result_shape(kind: Kind, shape: tuple[Size, ...], group_size: int) -> tuple[
     return shape
 
 
-def result_value(kind: Kind, name: str, source: Value, group_size: int) -> Value:
+def total_rows(splits: tuple[Size, ...]) -> Size:
+    """Rows of all shares together."""
+    return as_size(sympy.expand(sum((as_expr(rows) for rows in splits), sympy.Integer(0))))
+
+
+def result_value(kind: Kind, name: str, source: Value, group_size: int, out_splits: tuple[Size, ...] = ()) -> Value:
     """The contiguous result of one source, under ``name``; the dtype and device are the source's.
 
     Raises:
         ValueError: see ``result_shape``.
     """
-    shape = result_shape(kind, source.shape, group_size)
+    shape = result_shape(kind, source.shape, group_size, out_splits)
     return Value(name, source.dtype, shape, contiguous_stride(shape), source.device)
 
 
@@ -103,23 +117,30 @@ def check(start: Start, graph: Graph) -> None:
         source = graph.value(name)
         if not is_contiguous(source):
             raise CompilerBug(f"{kind}: source {name} is not contiguous (shape {source.shape}, stride {source.stride})")
-        if start.reduction in BITWISE and not (source.dtype.is_int or source.dtype is DType.BOOL):
-            raise Unsupported(
-                start.origin,
-                f"{kind} with reduction {start.reduction} of {source.dtype.value} values",
-                "reduce an integer or bool tensor, or use another reduction",
-            )
-        try:
-            expected = result_value(start.kind, result.name, source, start.group.size)
-        except ValueError as error:
-            raise Unsupported(
-                start.origin,
-                str(error),
-                f"pad dimension 0 to a multiple of {start.group.size}",
-            ) from None
+        expected = check_source(start, result.name, source)
         same = expected.dtype is result.dtype and expected.device == result.device
         if not same or not _same_shape(expected.shape, result.shape):
             raise CompilerBug(f"{kind}: result {n} is {result}, the rule gives {expected}")
+
+
+def check_source(start: Start, result: str, source: Value) -> Value:
+    """The result of one source by the table, under the name ``result``.
+
+    Raises:
+        Unsupported: see ``check``.
+    """
+    if start.reduction in BITWISE and not (source.dtype.is_int or source.dtype is DType.BOOL):
+        raise Unsupported(
+            start.origin,
+            f"{start.kind.value} with reduction {start.reduction} of {source.dtype.value} values",
+            "reduce an integer or bool tensor, or use another reduction",
+        )
+    if start.in_splits and source.shape:
+        _check_rows(start, source)
+    try:
+        return result_value(start.kind, result, source, start.group.size, start.out_splits)
+    except ValueError as error:
+        raise Unsupported(start.origin, str(error), f"pad dimension 0 to a multiple of {start.group.size}") from None
 
 
 def _check_form(start: Start, rule: Rule) -> None:
@@ -136,8 +157,32 @@ def _check_form(start: Start, rule: Rule) -> None:
         raise CompilerBug(f"{kind} with root {start.root}")
     if start.root is not None and not 0 <= start.root < start.group.size:
         raise CompilerBug(f"{kind} from rank {start.root} of a group of {start.group.size}")
+    if (start.in_splits or start.out_splits) and (start.kind is not Kind.ALL_TO_ALL or len(start.sources) != 1):
+        raise CompilerBug(f"{kind} of {len(start.sources)} sources with splits")
+    if len(start.in_splits) != len(start.out_splits):
+        raise CompilerBug(f"{kind} with splits of {len(start.in_splits)} and {len(start.out_splits)} ranks")
     if start.group.size < 1:
         raise CompilerBug(f"{kind} over a group of {start.group.size}")
+
+
+def _check_rows(start: Start, source: Value) -> None:
+    """The shares sent are of as many ranks as the group has and make up the source, as far as sizes are known."""
+    for word, splits in (("input", start.in_splits), ("output", start.out_splits)):
+        if len(splits) != start.group.size:
+            raise Unsupported(
+                start.origin,
+                f"all_to_all over {start.group.size} ranks with {len(splits)} {word} splits",
+                "give one split for each rank of the group",
+            )
+        if any(isinstance(rows, int) and rows < 0 for rows in splits):
+            raise Unsupported(start.origin, f"all_to_all with {word} splits {list(splits)}", "give sizes of at least 0")
+    sent = total_rows(start.in_splits)
+    if isinstance(sent, int) and isinstance(source.shape[0], int) and sent != source.shape[0]:
+        raise Unsupported(
+            start.origin,
+            f"all_to_all with input splits {list(start.in_splits)} of a tensor of {source.shape[0]} rows",
+            f"make the splits add up to {source.shape[0]}",
+        )
 
 
 def is_contiguous(value: Value) -> bool:

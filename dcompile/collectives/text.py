@@ -4,6 +4,7 @@ Grammar, beside that of ``ir.text``::
 
     pending = name ":" "pending" ["in" "place"] (values)
     node    = pending "=" "start" kind["."reduction] (names) "@" label "[" size "]" ["root" n]
+              ["splits" "[" sizes "]" "->" "[" sizes "]"]
             | value, ... "=" "wait" pending
 """
 
@@ -18,11 +19,12 @@ from dcompile.ir.text_node import (
     Reader,
     print_defs,
     print_names,
+    print_sizes,
     register_def,
     register_node,
 )
 from dcompile.ir.tokens import quote_name
-from dcompile.ir.types import Def, Value
+from dcompile.ir.types import Def, Size, Value
 
 
 def _print_pending(pending: Pending) -> str:
@@ -39,7 +41,10 @@ def _read_pending(reader: Reader, name: str) -> Pending:
 def _print_start(node: Start) -> str:
     kind = node.kind.value + (f".{node.reduction}" if node.reduction is not None else "")
     root = f" root {node.root}" if node.root is not None else ""
-    return f"{kind} ({print_names(node.sources)}) @{quote_name(node.group.label)}[{node.group.size}]{root}"
+    splits = ""
+    if node.in_splits or node.out_splits:
+        splits = f" splits [{print_sizes(node.in_splits)}] -> [{print_sizes(node.out_splits)}]"
+    return f"{kind} ({print_names(node.sources)}) @{quote_name(node.group.label)}[{node.group.size}]{root}{splits}"
 
 
 def _read_start(reader: Reader, left: tuple[Def | None, ...]) -> Start:
@@ -58,10 +63,19 @@ def _read_start(reader: Reader, left: tuple[Def | None, ...]) -> Start:
     size = reader.integer("the size of the group")
     reader.expect("]")
     root = reader.integer("the root's rank") if reader.accept("root") else None
+    in_splits, out_splits = _read_splits(reader) if reader.accept("splits") else ((), ())
     return Start(
         pending=left[0], kind=Kind(kind), group=Group(label, size), sources=sources, reduction=reduction or None,
-        root=root,
+        root=root, in_splits=in_splits, out_splits=out_splits,
     )  # fmt: skip
+
+
+def _read_splits(reader: Reader) -> tuple[tuple[Size, ...], tuple[Size, ...]]:
+    reader.expect("[")
+    in_splits = reader.sequence(reader.size, "]")
+    reader.expect("->")
+    reader.expect("[")
+    return in_splits, reader.sequence(reader.size, "]")
 
 
 def _print_wait(node: Wait) -> str:

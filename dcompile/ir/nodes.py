@@ -78,6 +78,11 @@ class Node:
         """Whether the node stays although nobody reads what it defines."""
         return False
 
+    @property
+    def extra_sizes(self) -> tuple[Size, ...]:
+        """Sizes the node uses beside those of what it defines, its axes, indices and arguments."""
+        return ()
+
     def rename(self, names: dict[str, str]) -> Node:
         """The same node reading other names (definitions keep theirs)."""
         raise AttributeError(f"{type(self).__name__} cannot be renamed")

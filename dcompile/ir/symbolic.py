@@ -113,6 +113,7 @@ def symbols_of(node: Node) -> frozenset[sympy.Symbol]:
     for item in node.defs:
         for value in (item,) if isinstance(item, Value) else getattr(item, "results", ()):
             _sizes((*value.shape, *value.stride), found)
+    _sizes(node.extra_sizes, found)
     if isinstance(node, Loop):
         _sizes((size for _, size in loop_axes(node)), found)
         for root in node.exprs:

@@ -13,6 +13,7 @@ from dcompile.lower import (
     matmul,
     moments,
     norm,
+    point_to_point,
     pointwise,
     random,
     reduction,
@@ -25,6 +26,7 @@ from dcompile.lower.table import RULES
 from dcompile.lower.walk import Extra, Lowered, SizeOf, lower
 
 FAMILIES = (
+    point_to_point,
     pointwise,
     activation,
     creation,

@@ -8,6 +8,7 @@ import sympy
 
 from dcompile.collectives.group import Group
 from dcompile.collectives.nodes import REDUCTIONS, Kind, Pending, Start
+from dcompile.collectives.rules import check_source
 from dcompile.errors import Unsupported
 from dcompile.ir.types import Size, Value, contiguous_stride
 from dcompile.lower.builder import Lowering
@@ -33,13 +34,13 @@ def group_of(b: Lowering, name: Any, size: Any) -> Group:
 
 def contiguous(b: Lowering, value: Value) -> Value:
     """``value``, or a copy of it in row-major order: collectives take dense buffers."""
-    if value.stride == contiguous_stride(value.shape) or _dense(value):
+    if value.stride == contiguous_stride(value.shape) or is_dense(value):
         return value
     copy = b.temp(f"{value.name}_dense", value.dtype, value.shape, value.device)
     return b.pointwise(copy, b.element(value, value.shape))
 
 
-def _dense(value: Value) -> bool:
+def is_dense(value: Value) -> bool:
     """Row-major up to the strides of dimensions of size 1, which never matter."""
     step: Size = 1
     for size, stride in zip(reversed(value.shape), reversed(value.stride), strict=True):
@@ -67,11 +68,12 @@ def launch(
     reduction: str | None = None,
     root: int | None = None,
     in_place: bool = False,
+    splits: tuple[tuple[Size, ...], tuple[Size, ...]] = ((), ()),
 ) -> Any:
     """Emit a Start of the current node; gives handles of its results, one or a tuple as the op returns them."""
     if in_place:
         for source in sources:
-            if not _dense(source):
+            if not is_dense(source):
                 raise Unsupported(
                     b.origin,
                     what=f"an in-place {kind.value} of a tensor that is not contiguous",
@@ -89,8 +91,12 @@ def launch(
         sources=tuple(s.name for s in sources),
         reduction=reduction,
         root=root,
+        in_splits=splits[0],
+        out_splits=splits[1],
         origin=b.origin,
     )
+    for source, out in zip(sources, outs, strict=True):
+        check_source(start, out.name, source)
     b.emit(start)
     handles = b.flights.launched(start, sources)
     return handles if isinstance(b.node.meta["val"], list | tuple) else handles[0]
@@ -129,12 +135,17 @@ def broadcast(b: Lowering, x: Any, src: Any, group_name: Any) -> InFlight:
 
 @rule(*_ops("all_to_all_single"), any_dtype=True)
 def all_to_all(b: Lowering, x: Value, output_splits: Any, input_splits: Any, group_name: Any) -> InFlight:
-    for splits in (output_splits, input_splits):
-        if len(set(splits)) > 1:
-            raise Unsupported(
-                b.origin,
-                what=f"all_to_all with uneven splits {list(splits)}",
-                instead="pad the splits to equal size, or keep the op eager: Options(eager_ops={'all_to_all_single'})",
-            )
-    group = group_of(b, group_name, len(output_splits) or None)
-    return launch(b, Kind.ALL_TO_ALL, group, (x,))  # type: ignore[no-any-return]
+    group = group_of(b, group_name, None)
+    splits = (tuple(input_splits), tuple(output_splits))
+    if _equal_shares(splits[0], x, group.size) and splits[0] == splits[1]:
+        splits = ((), ())
+    start: InFlight = launch(b, Kind.ALL_TO_ALL, group, (x,), splits=splits)
+    return start
+
+
+def _equal_shares(splits: tuple[Size, ...], x: Value, ranks: int) -> bool:
+    """Whether every rank gets the same number of rows and all rows are sent; no splits mean just that."""
+    if not splits:
+        return True
+    same = len(splits) == ranks and all(rows == splits[0] for rows in splits)
+    return bool(same and x.shape and sympy.expand(splits[0] * ranks - x.shape[0]) == 0)

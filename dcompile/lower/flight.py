@@ -40,6 +40,7 @@ class Flights:
         self._sources: dict[str, tuple[Value, ...]] = {}
         self._results: dict[str, tuple[Value, ...]] = {}
         self._locked: dict[str, str] = {}
+        self._sent: dict[str, tuple[Value, tuple[Value, ...]]] = {}
 
     def launched(self, start: Start, sources: tuple[Value, ...]) -> tuple[InFlight, ...]:
         """Record a Start; gives a handle for each of its results."""
@@ -51,6 +52,18 @@ class Flights:
             for source in sources:
                 self._locked[self._lowering.root(source).name] = name
         return tuple(InFlight(name, n) for n in range(len(start.pending.results)))
+
+    def sent(self, result: Value, kept: tuple[Value, ...]) -> None:
+        """A send or receive gave ``result`` and uses ``kept`` until its wait."""
+        self._sent[result.name] = (result, kept)
+
+    def take_sent(self, result: Value) -> tuple[Value, ...] | None:
+        """What the send or receive that gave ``result`` uses until now; None if none in flight did."""
+        return self._sent.pop(result.name, (result, None))[1]
+
+    def unfinished(self) -> tuple[Value, ...]:
+        """Results of sends and receives that nobody waits for."""
+        return tuple(result for result, _ in self._sent.values())
 
     def is_open(self, pending: str) -> bool:
         return pending in self._open

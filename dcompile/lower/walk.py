@@ -22,6 +22,7 @@ from dcompile.lower.fallback import call_library, gives_only_numbers
 from dcompile.lower.flight import InFlight, ViewInFlight
 from dcompile.lower.higher_order import Layouts, SubProgram, SubPrograms, call_programs, conform
 from dcompile.lower.numbers import ITEM, Numbers
+from dcompile.lower.point_to_point import finish_open
 from dcompile.lower.table import RULES, NoRule, Rule
 
 _DROPPED = frozenset({"aten._assert_tensor_metadata.default"})
@@ -144,6 +145,8 @@ class _Walker:
             else:
                 raise CompilerBug(f"lower: fx node {node.name} of kind {node.op} in a traced graph")
         lowering.flights.land_all()
+        for sent in lowering.flights.unfinished():
+            finish_open(lowering, sent, self.inputs)
         items = returned if isinstance(returned, list | tuple) else (returned,)
         wanted = layouts or (None,) * len(items)
         outputs = tuple(self.output(item, layout) for item, layout in zip(items, wanted, strict=True))
@@ -342,8 +345,11 @@ class _Walker:
         flight = found.of if isinstance(found, ViewInFlight) else found
         if isinstance(flight, InFlight):
             self.lowering.flights.land(flight.pending)
-        elif isinstance(flight, Value) and (holder := self.lowering.flights.holder(flight)) is not None:
-            self.lowering.flights.land(holder)
+        elif isinstance(flight, Value):
+            if (holder := self.lowering.flights.holder(flight)) is not None:
+                self.lowering.flights.land(holder)
+            else:
+                finish_open(self.lowering, flight, self.inputs)
         return found
 
     def unwaited_view(self, node: fx.Node, op: str) -> ViewInFlight | None:

@@ -32,8 +32,8 @@ class _Rank:
 
     def advance(self, rank: int, answer: list[Tensor] | None) -> None:
         try:
-            node, sources = next(self.steps) if answer is None else self.steps.send(answer)
-            self.waiting = Argument(rank, node, sources)
+            node, sources, splits = next(self.steps) if answer is None else self.steps.send(answer)
+            self.waiting = Argument(rank, node, sources, splits)
         except StopIteration as stop:
             self.waiting, self.result = None, stop.value
 

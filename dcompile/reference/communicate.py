@@ -20,6 +20,8 @@ class Argument:
     rank: int
     start: Start
     sources: list[Tensor]
+    splits: tuple[list[int], list[int]] | None = None
+    """Rows to and from each rank, where they are not equal."""
 
 
 _COMBINE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -43,6 +45,8 @@ def exchange(members: list[Argument]) -> list[list[Tensor]]:
         Divergence: the members launch different collectives, or sources of different shapes or dtypes.
     """
     _agree(members)
+    if members[0].splits is not None:
+        return _shares(members)
     results: list[list[Tensor]] = [[] for _ in members]
     for sources in zip(*(member.sources for member in members), strict=True):
         for result, tensor in zip(results, _one(members[0].start, list(sources)), strict=True):
@@ -53,8 +57,9 @@ def exchange(members: list[Argument]) -> list[list[Tensor]]:
 def _agree(members: list[Argument]) -> None:
     def form(member: Argument) -> tuple[object, ...]:
         start = member.start
-        sources = tuple((s.dtype, tuple(s.shape)) for s in member.sources)
-        return (start.kind.value, start.reduction, start.root, start.pending.in_place, sources)
+        rows = 0 if member.splits is None else 1  # how many rows there are may differ from rank to rank
+        sources = tuple((s.dtype, tuple(s.shape)[rows:]) for s in member.sources)
+        return (start.kind.value, start.reduction, start.root, start.pending.in_place, sources, rows)
 
     for member in members:
         if member.start.group.size != len(members):
@@ -67,6 +72,28 @@ def _agree(members: list[Argument]) -> None:
                 f"rank {members[0].rank} launches {members[0].start.pending.name} as {form(members[0])}, "
                 f"rank {member.rank} launches {member.start.pending.name} as {form(member)}"
             )
+
+
+def _shares(members: list[Argument]) -> list[list[Tensor]]:
+    """All-to-all in unequal shares."""
+    parts, results = [], []
+    for member in members:
+        sent, _ = _splits(member)
+        if sum(sent) != member.sources[0].shape[0] or len(sent) != len(members) or min(sent) < 0:
+            raise CompilerBug(f"{member.start.pending.name} splits {tuple(member.sources[0].shape)} into {sent}")
+        parts.append(torch.split(member.sources[0], sent))
+    for rank, member in enumerate(members):
+        got = [len(part[rank]) for part in parts]
+        if got != _splits(member)[1]:
+            raise Divergence(f"rank {member.rank} expects {_splits(member)[1]} rows, the others send {got}")
+        results.append([torch.cat([part[rank] for part in parts])])
+    return results
+
+
+def _splits(member: Argument) -> tuple[list[int], list[int]]:
+    if member.splits is None:
+        raise CompilerBug(f"{member.start.pending.name} has no splits")
+    return member.splits
 
 
 def _one(start: Start, sources: list[Tensor]) -> list[Tensor]:

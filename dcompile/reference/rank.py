@@ -23,7 +23,8 @@ from dcompile.reference.evaluate import size_value
 from dcompile.reference.programs import call_programs
 
 Result = Tensor | int | float | bool | None
-Steps = Generator[tuple[Start, list[Tensor]], list[Tensor], list[Result]]
+Splits = tuple[list[int], list[int]]
+Steps = Generator[tuple[Start, list[Tensor], Splits | None], list[Tensor], list[Result]]
 
 
 class Memory:
@@ -87,7 +88,7 @@ class Memory:
 
 
 def run_rank(graph: Graph, inputs: list[Tensor | int]) -> Steps:
-    """Run one graph; yields (launch, sources) at each Start and is sent the results."""
+    """Run one graph; yields (launch, sources, splits) at each Start and is sent the results."""
     memory = Memory()
     memory.bind_inputs(graph, inputs)
     memory.programs = {inner.name: inner for inner in graph.graphs}
@@ -96,7 +97,7 @@ def run_rank(graph: Graph, inputs: list[Tensor | int]) -> Steps:
         if isinstance(node, Start):
             sources = [memory[name].detach().clone(memory_format=torch.contiguous_format) for name in node.sources]
             in_flight[node.pending.name] = flight = _Flight(node, memory, sources)
-            flight.answers = yield node, sources
+            flight.answers = yield node, sources, _splits(node, memory)
         elif isinstance(node, Wait):
             if node.pending not in in_flight:
                 raise CompilerBug(f"wait for {node.pending}, which is not in flight")
@@ -120,6 +121,14 @@ def _run_program(graph: Graph, inputs: list[Any]) -> list[Result]:
         found: list[Result] = stop.value
         return found
     raise CompilerBug(f"{graph.name} communicates, which a called program must not")
+
+
+def _splits(node: Start, memory: Memory) -> Splits | None:
+    """Rows to and from each rank, where they are not equal."""
+    if not node.in_splits:
+        return None
+    sent, received = ([size_value(rows, memory.sizes) for rows in s] for s in (node.in_splits, node.out_splits))
+    return sent, received
 
 
 def _output(out: Any, memory: Memory) -> Result:

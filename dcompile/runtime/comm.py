@@ -22,7 +22,7 @@ from dcompile.errors import CompilerBug, DCompileError, DeadlineExceeded, Unsupp
 from dcompile.runtime import flat as fl
 from dcompile.runtime.board import Board, Lookout, board
 from dcompile.runtime.flights import FLIGHTS, Flight, Place
-from dcompile.runtime.kinds import LAUNCHES, Launched, Request
+from dcompile.runtime.kinds import LAUNCHES, Launched, Request, Splits
 from dcompile.runtime.last_words import end_with
 from dcompile.runtime.waits import Notice
 from dcompile.runtime.watchdog import watch_cuda
@@ -76,6 +76,7 @@ class Communicator(Protocol):
         root: int | None,
         in_place: bool,
         name: str,
+        splits: Splits | None = None,
     ) -> Handle: ...
 
     def wait(self, handle: Handle) -> None: ...
@@ -161,6 +162,7 @@ class TorchComm:
         root: int | None,
         in_place: bool,
         name: str,
+        splits: Splits | None = None,
     ) -> Handle:
         """Launch a collective.
 
@@ -171,6 +173,8 @@ class TorchComm:
             reduction: ``collectives.nodes.REDUCTIONS`` name for reducing kinds.
             root: sending rank within the group, for ``broadcast``.
             name: how messages call it.
+            splits: rows of the only source to each rank and of the only result from each, for ``all_to_all`` in
+                unequal shares.
 
         Raises:
             DCompileError: the backend refuses the collective, or a peer is gone. If a part of a coalesced collective
@@ -183,7 +187,7 @@ class TorchComm:
         handle = Handle(name, group)
         handle.keep = (sources, results)
         handle.on_cuda = any(t.is_cuda for t in sources)
-        request = Request(team.process_group, team.rank, team.size, reduction, root, in_place)
+        request = Request(team.process_group, team.rank, team.size, reduction, root, in_place, splits)
         if (here := board()) is not None:
             here.moves_on()
         handle.flight = FLIGHTS.launch(kind, name, team.place, (sources, results))

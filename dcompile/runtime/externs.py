@@ -52,6 +52,11 @@ def seeds(count: int, device: str | torch.device = "cpu") -> torch.Tensor:
     return torch.empty(count, dtype=torch.int64, device=device).random_(LOWEST_I64, None)
 
 
+def finish(result: torch.Tensor, *kept: torch.Tensor) -> None:
+    """Wait for the send or receive that returned ``result``; ``kept`` are the tensors it uses until then."""
+    torch.ops._c10d_functional.wait_tensor(result)
+
+
 def check(left: int, relation: str, right: int, message: str) -> None:
     """Raise what the user's program demands of a number it has learned.
 
@@ -118,4 +123,9 @@ def describe(dtype: torch.dtype, shape: Sequence[int], stride: Sequence[int]) ->
     return f"{str(dtype).removeprefix('torch.')}{list(shape)} with strides {list(stride)}"
 
 
-HELPERS: dict[str, Callable[..., Any]] = {"dcompile.seeds": seeds, CHECK: check, **PROGRAM_OPS}
+HELPERS: dict[str, Callable[..., Any]] = {
+    "dcompile.seeds": seeds,
+    "dcompile.finish": finish,
+    CHECK: check,
+    **PROGRAM_OPS,
+}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from dcompile.errors import DCompileError
 from dcompile.runtime import flat as fl
+
+Splits = tuple[tuple[int, ...], tuple[int, ...]]
+"""Rows of the source that go to each rank, rows of the result that come from each."""
 
 
 class Launched:
@@ -38,6 +43,7 @@ class Request:
         reduction: ``collectives.nodes.REDUCTIONS`` name for reducing kinds.
         root: sending rank within the group, for ``broadcast``.
         in_place: results are the sources.
+        splits: rows to and from each rank, for ``all_to_all`` in unequal shares.
     """
 
     group: dist.ProcessGroup
@@ -46,6 +52,7 @@ class Request:
     reduction: str | None
     root: int | None
     in_place: bool
+    splits: Splits | None = None
 
 
 Tensors = Sequence[torch.Tensor]
@@ -148,6 +155,9 @@ def _reduce_scatter(launched: Launched, sources: Tensors, results: Tensors, requ
 
 
 def _all_to_all(launched: Launched, sources: Tensors, results: Tensors, request: Request) -> None:
+    if request.splits is not None:
+        _uneven_all_to_all(launched, sources[0], results[0], request, request.splits)
+        return
     sent = fl.to_rows(sources, request.size)
     direct = fl.dense(results)
     received = results[0] if direct else torch.empty_like(sent)
@@ -157,6 +167,28 @@ def _all_to_all(launched: Launched, sources: Tensors, results: Tensors, request:
     )
     if not direct:
         launched.finish.append(lambda: fl.from_rows(received, results, request.size))
+
+
+def _uneven_all_to_all(
+    launched: Launched, source: torch.Tensor, result: torch.Tensor, request: Request, splits: Splits
+) -> None:
+    """Shares of any size. Splits count elements of flat buffers here, so that empty rows cost nothing special."""
+    _check_shares("input", splits[0], source, request.size)
+    _check_shares("output", splits[1], result, request.size)
+    sent, received = source.contiguous(), result if result.is_contiguous() else result.new_empty(result.shape)
+    launched.keep += (sent, received)
+    flat, out = fl.movable(sent), fl.movable(received)
+    width = math.prod(source.shape[1:]) * (source.element_size() // flat.element_size())
+    shares = [[rows * width for rows in rows_of] for rows_of in splits]
+    work = dist.all_to_all_single(out, flat, shares[1], shares[0], group=request.group, async_op=True)
+    launched.works.append(work)
+    if received is not result:
+        launched.finish.append(lambda: result.copy_(received))
+
+
+def _check_shares(word: str, rows: Sequence[int], tensor: torch.Tensor, ranks: int) -> None:
+    if len(rows) != ranks or min(rows) < 0 or sum(rows) != tensor.shape[0]:
+        raise DCompileError(f"{word} splits {list(rows)} of a tensor of {tensor.shape[0]} rows over {ranks} ranks")
 
 
 LAUNCHES: dict[str, Callable[[Launched, Tensors, Tensors, Request], None]] = {

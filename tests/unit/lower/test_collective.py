@@ -107,11 +107,36 @@ def test_gather_scatter_broadcast_and_all_to_all() -> None:
         torch.testing.assert_close(got, want)
 
 
-def test_uneven_splits_are_refused() -> None:
+def test_uneven_splits_send_each_rank_its_rows() -> None:
     def make(call: Any, x: fx.Node) -> Any:
-        return (call(c10d.wait_tensor.default, call(c10d.all_to_all_single.default, x, [1, 3], [3, 1], "world")),)
+        return (call(c10d.wait_tensor.default, call(c10d.all_to_all_single.default, x, [2, 2], [2, 2], "world")),)
 
-    with pytest.raises(Unsupported, match=r"uneven splits \[1, 3\]"):
+    assert lowered(make, (4, 3)).graph.nodes[0].in_splits == (), "equal shares need no splits"  # type: ignore[attr-defined]
+
+    def uneven(call: Any, x: fx.Node) -> Any:
+        return (call(c10d.wait_tensor.default, call(c10d.all_to_all_single.default, x, [1, 1], [1, 3], "world")),)
+
+    def other(call: Any, x: fx.Node) -> Any:
+        return (call(c10d.wait_tensor.default, call(c10d.all_to_all_single.default, x, [3, 0], [1, 0], "world")),)
+
+    programs = [lowered(uneven, (4, 3)).graph, lowered(other, (1, 3)).graph]
+    a, b = torch.randn(4, 3), torch.randn(1, 3)
+    (first,), (second,) = run_reference(programs, [[a], [b]])
+    torch.testing.assert_close(first, torch.cat([a[:1], b]))
+    torch.testing.assert_close(second, a[1:])
+
+
+@pytest.mark.parametrize(
+    ("out", "sent", "message"),
+    [([1, 3], [3, 2], "of a tensor of 4 rows"), ([4], [4], "1 input splits"), ([4, 1], [5, -1], "at least 0")],
+)
+def test_splits_that_do_not_make_up_the_rows_are_refused(out: list[int], sent: list[int], message: str) -> None:
+    def make(call: Any, x: fx.Node) -> Any:
+        node = x.graph.call_function(c10d.all_to_all_single.default, (x, out, sent, "world"))
+        node.meta["val"] = x.meta["val"].new_empty(sum(out), 3)
+        return (call(c10d.wait_tensor.default, node),)
+
+    with pytest.raises(Unsupported, match=message):
         lowered(make, (4, 3))
 
 
