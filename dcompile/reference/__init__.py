@@ -8,16 +8,15 @@ that reads what it must not read gets NaN. Nothing here is fast.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from dcompile.collectives.nodes import Start
 from dcompile.errors import Divergence
 from dcompile.ir.graph import Graph
 from dcompile.reference.communicate import Argument, exchange
-from dcompile.reference.rank import Result, run_rank
+from dcompile.reference.rank import Result, Steps, run_rank
 
 Groups = Mapping[str, Sequence[Sequence[int]]]
 
@@ -26,7 +25,7 @@ Groups = Mapping[str, Sequence[Sequence[int]]]
 class _Rank:
     """One rank's program: what it waits for, and what it returned in the end."""
 
-    steps: Generator[tuple[Start, list[Tensor]], list[Tensor], list[Result]]
+    steps: Steps
     waiting: Argument | None = None
     result: list[Result] | None = None
 
