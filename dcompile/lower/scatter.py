@@ -23,9 +23,11 @@ def _scratch(b: Lowering, out: Value, suffix: str, expr: Expr) -> Value:
 
 def _copied(b: Lowering, x: Value) -> Value:
     """What the current op writes into: ``x`` itself if it works in place, else a copy."""
-    if str(b.node.target).split(".")[1].endswith("_"):
-        return x
-    return _scratch(b, b.out, "copy", b.element(x, b.out.shape))
+    return x if _in_place(b) else _scratch(b, b.out, "copy", b.element(x, b.out.shape))
+
+
+def _in_place(b: Lowering) -> bool:
+    return str(b.node.target).split(".")[1].endswith("_")
 
 
 @rule("copy_")
@@ -106,7 +108,23 @@ def _scatter(b: Lowering, x: Value, dim: Any, places: Value, source: Any, mode: 
         expr: Expr = to(load(source.name, here, source.dtype), x.dtype)
     else:
         expr = b.element(source, places.shape, x.dtype)
+    if places.shape[dim] == 1 and _equal_but(places.shape, x.shape, dim) and not _in_place(b):
+        return b.pointwise(b.out, _one_place(b, x, dim, place, expr, mode))
     return b.store(_copied(b, x), places.shape, where, expr, (place,), mode, name=b.out.name)
+
+
+def _equal_but(a: tuple[Size, ...], b: tuple[Size, ...], dim: int) -> bool:
+    return all(m == n for d, (m, n) in enumerate(zip(a, b, strict=True)) if d != dim)
+
+
+def _one_place(b: Lowering, x: Value, dim: int, place: Expr, new: Expr, mode: str) -> Expr:
+    """Element of the result where each line along ``dim`` is written at one place: a choice instead of a write.
+
+    The gradient of a cross entropy is such a scatter into zeros, which so becomes part of the loop that reads it.
+    """
+    written = op("eq", index(loop_index(x.shape)[dim]), to(place, DType.I64))
+    old = b.element(x, x.shape)
+    return op("where", written, op("add", old, new) if mode == "add" else new, old)
 
 
 @rule("scatter.src", "scatter.value", "scatter_.src", "scatter_.value")

@@ -1,7 +1,9 @@
 import pytest
 import torch
 
-from tests.unit.lower.harness import check
+from dcompile.ir.nodes import Store
+from dcompile.lower import lower
+from tests.unit.lower.harness import check, interpret, trace
 
 aten = torch.ops.aten
 
@@ -27,9 +29,6 @@ def test_embedding_gradient(padding: int, dtype: torch.dtype) -> None:
 def test_embedding_gradient_of_narrow_floats_adds_up_in_f32() -> None:
     g, i = randn(400, 4, dtype=torch.bfloat16), places(2, 400)
     expected = torch.zeros(2, 4, dtype=torch.float64).index_add_(0, i, g.double())
-    from dcompile.lower import lower
-    from tests.unit.lower.harness import interpret, trace
-
     lowered = lower(trace(lambda g, i: aten.embedding_dense_backward(g, i, 2, -1, False), g, i), "backward")
     torch.testing.assert_close(interpret(lowered, g, i)[0].double(), expected, rtol=1e-2, atol=1e-2)
 
@@ -59,6 +58,20 @@ def test_scatter() -> None:
     i = torch.stack([torch.randperm(5, generator=torch.Generator().manual_seed(n))[:3] for n in range(4)])
     x, v = randn(4, 5), randn(4, 6, seed=1)
     check(lambda x, i, v: (x.scatter(1, i, v), x.scatter(1, i, 2.5), x.scatter(-1, i[:2], v)), x, i, v)
+
+
+def test_one_position_a_line_is_a_choice_and_no_write() -> None:
+    x, i, v = torch.randn(6, 5), torch.tensor([[4], [0], [-1], [2], [2], [-5]]), torch.randn(6, 1)
+    functions = (
+        lambda x, i, v: x.scatter(1, i, v),
+        lambda x, i, v: x.scatter(1, i, -1.0),
+        lambda x, i, v: x.scatter_add(1, i, v),
+        lambda x, i, v: torch.zeros_like(x).scatter(1, i, v),
+    )
+    for function in functions:
+        check(function, x, i % 5, v)
+        assert not any(isinstance(node, Store) for node in lower(trace(function, x, i % 5, v), "f").graph.nodes)
+    check(lambda x, i, v: x.scatter(0, i, v), x, torch.tensor([[5, 0, 3, 3, 1]]), torch.randn(1, 5))
 
 
 def test_scatter_add_of_repeated_positions() -> None:
@@ -110,9 +123,6 @@ def test_padding_of_nothing() -> None:
 
 
 def test_inputs_are_written_and_later_readers_see_it() -> None:
-    from dcompile.lower import lower
-    from tests.unit.lower.harness import interpret, trace
-
     def function(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, ...]:
         before, view = x * 2, x[:, 1:]
         x.copy_(y)
