@@ -7,6 +7,7 @@ with position 0, or divisor 1. ``X`` and ``R`` are block sizes along outer and i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
@@ -20,6 +21,7 @@ from dcompile.ir.canonical import Canonical, canonical, size_parameters
 from dcompile.ir.graph import Graph
 from dcompile.ir.index import product
 from dcompile.ir.kernel import Kernel
+from dcompile.ir.nodes import Axis
 from dcompile.ir.types import DType, Origin, Value
 
 NAMED_OPS = 4
@@ -183,10 +185,16 @@ def _signature(
 
 
 def _programs(shape: Shape, launch: Launch, sizes: Mapping[sympy.Symbol, str]) -> str:
-    total = product(tuple(size for _, size in shape.outer))
-    if isinstance(total, int):
-        return str(-(-total // launch.block))
-    return f"-(-{size_python(total, sizes)} // {launch.block})"
+    """Python text of the number of programs."""
+    parts = [_blocks(shape.outer, launch.block, sizes)]
+    if shape.tiled and shape.inner is not None:
+        parts.append(_blocks(shape.inner, launch.inner, sizes))
+    return str(math.prod(map(int, parts))) if all(part.isdigit() for part in parts) else " * ".join(parts)
+
+
+def _blocks(axes: tuple[Axis, ...], block: int, sizes: Mapping[sympy.Symbol, str]) -> str:
+    total = product(tuple(size for _, size in axes))
+    return str(-(-total // block)) if isinstance(total, int) else f"(-(-{size_python(total, sizes)} // {block}))"
 
 
 def _comment(origins: list[Origin]) -> list[str]:

@@ -25,6 +25,10 @@ class KernelPrinter(Values):
         """The lines of the body; ``program`` is the number of the program among those that run it."""
         total = product(tuple(size for _, size in self.shape.outer))
         program = program if is_narrow(total) else f"{program}.to(tl.int64)"
+        if self.shape.tiled and self.shape.inner is not None:
+            self.line(f"tile = {program}")
+            self.line(f"tiles = tl.cdiv({self._size(product(tuple(size for _, size in self.shape.inner)))}, R)")
+            program = "(tile // tiles)"
         self.line(f"x = {program} * X + tl.arange(0, X){'' if self.shape.inner is None else '[:, None]'}")
         self._enter("x", OUTER, self.shape.outer)
         self._statements(self.shape.body)
@@ -76,6 +80,12 @@ class KernelPrinter(Values):
     def _inner(self, axes: tuple[Axis, ...], body: Callable[[], None]) -> None:
         """``body`` for every inner position: at once, or block by block."""
         total = product(tuple(size for _, size in axes))
+        if self.shape.tiled:
+            with self.scope():
+                self.line("r = (tile % tiles) * R + tl.arange(0, R)[None, :]")
+                self._enter("r", INNER, axes)
+                body()
+            return
         if self.launch.persistent:
             with self.scope(self._shared):
                 if self._shared is None:

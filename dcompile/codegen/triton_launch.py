@@ -12,7 +12,7 @@ from dcompile.errors import CompilerBug
 from dcompile.ir import expr as ex
 from dcompile.ir.graph import hint
 from dcompile.ir.index import product
-from dcompile.ir.kernel import Fold, Kernel, Let, Nest, Role, Scratch, Stmt, Write, statements
+from dcompile.ir.kernel import Fold, Kernel, Let, Nest, Role, Scratch, Stmt, Write, expressions, statements
 from dcompile.ir.nodes import Axis
 from dcompile.ir.types import Size
 
@@ -38,6 +38,9 @@ LOOP_BLOCK = 4096
 
 COLUMN_TILE = 4096
 """Elements of one step of a column reduction."""
+
+TILE, TILE_WARPS = (64, 64), 8
+"""Positions of a tile along its two axes: 64 of 2 bytes are a whole cache line, 16 elements a thread."""
 
 COLUMN_WIDTH = (64, 16)
 """Columns of a program: widest first; 16 f32 are two 32-byte sectors, less wastes bandwidth."""
@@ -70,6 +73,8 @@ class Shape:
         body: the statements of one outer position.
         column: neighbouring outer positions are neighbours in memory.
         scratch: has scratch memory.
+        tiled: a kernel without folds whose accesses run along different axes: programs are tiles of the last outer
+            axis and the inner one, so that both are read and written along memory.
     """
 
     outer: tuple[Axis, ...]
@@ -77,6 +82,7 @@ class Shape:
     body: tuple[Stmt, ...]
     column: bool
     scratch: bool
+    tiled: bool = False
 
 
 def shape_of(kernel: Kernel) -> Shape:
@@ -97,9 +103,56 @@ def shape_of(kernel: Kernel) -> Shape:
         if tuple(size for _, size in stmt.axes) != tuple(size for _, size in ranges[0].axes):
             raise CompilerBug("a GPU kernel has inner ranges of different extents")
     inner = ranges[0].axes if ranges else None
+    if inner is None and (tile := _tile(outer, body)) is not None:
+        rest, last = tile
+        return Shape(rest, (last,), (Nest((last,), (Role.SIMD,), body),), False, False, tiled=True)
     if inner is not None:
         body = tuple(_over(stmt, inner) for stmt in body)
     return Shape(outer, inner, body, column and inner is not None, any(isinstance(s, Scratch) for s in body))
+
+
+SHORTEST_TILED = 8
+"""Fewest positions along both axes of a tile: 8 f32 are one 32-byte sector."""
+
+
+def _tile(outer: tuple[Axis, ...], body: tuple[Stmt, ...]) -> tuple[tuple[Axis, ...], Axis] | None:
+    """The axes of a flat body cut in two for tiles, if some accesses run along another axis than the last one does.
+
+    The first part ends in the axis along which most bytes are accessed besides the last, which is the second part.
+    """
+    if len(outer) < 2 or not isinstance(outer[-1][1], int) or outer[-1][1] < SHORTEST_TILED:
+        return None
+    along: dict[int, int] = {}
+    for address, itemsize in _accesses(body):
+        runs = [n for n, (var, _) in enumerate(outer) if _unit_step(address, var)]
+        if runs:
+            along[runs[-1]] = along.get(runs[-1], 0) + itemsize
+    others = {n: nbytes for n, nbytes in along.items() if n != len(outer) - 1}
+    if not others or len(outer) - 1 not in along:
+        return None
+    axis = max(others, key=lambda n: (others[n], n))
+    size = outer[axis][1]
+    if isinstance(size, int) and size < SHORTEST_TILED:
+        return None
+    return (*(a for n, a in enumerate(outer[:-1]) if n != axis), outer[axis]), outer[-1]
+
+
+def _accesses(body: tuple[Stmt, ...]) -> list[tuple[sympy.Expr, int]]:
+    """Addresses that are read and written, each with the bytes of an element; data-dependent ones are left out."""
+    found: dict[tuple[str, sympy.Expr], int] = {}
+    for root in expressions(body):
+        for load in ex.loads(root):
+            if len(load.index) == 1 and not load.bind:
+                found[load.buffer, load.index[0]] = load.dtype.itemsize
+    for stmt in statements(body):
+        if isinstance(stmt, Write) and not stmt.bind:
+            found[stmt.buffer, stmt.address] = stmt.expr.dtype.itemsize
+    return [(address, itemsize) for (_, address), itemsize in found.items()]
+
+
+def _unit_step(address: sympy.Expr, var: sympy.Symbol) -> bool:
+    """Whether the address grows by one with ``var``."""
+    return bool(sympy.expand(address.xreplace({var: var + 1}) - address) == 1)
 
 
 def is_batch(kernel: Kernel) -> bool:
@@ -172,6 +225,8 @@ def _cut(shape: Shape, hints: Mapping[sympy.Symbol, int]) -> Launch:
         _, block, warps = next(rule for rule in FLAT if outer <= rule[0])
         block = min(block, max(power_of_two(outer), 32))
         return Launch(block, 0, False, max(1, min(warps, block // 64)))
+    if shape.tiled:
+        return Launch(*TILE, False, TILE_WARPS)
     inner = _extent(shape.inner, hints)
     static = all(isinstance(size, int) for _, size in shape.inner)
     whole = power_of_two(inner)

@@ -23,6 +23,7 @@ from typing import Any, Protocol
 import torch
 
 from dcompile.errors import DCompileError, ToolchainError
+from dcompile.runtime.cubin import resources
 from dcompile.runtime.cuda_driver import enter_context, load_function, primary_context
 from dcompile.runtime.cuda_launch import LaunchPlan, launch_function
 
@@ -73,6 +74,7 @@ class Compiled:
         programs: Python text of the number of programs over ``s0``, ``s1``, ...
         where: ops and source lines.
         shared_bytes: dynamic shared memory of a program.
+        registers, frame_bytes: of a thread; a frame is local memory, of spilled registers above all.
     """
 
     name: str
@@ -84,6 +86,8 @@ class Compiled:
     programs: str
     where: str
     shared_bytes: int = 0
+    registers: int = 0
+    frame_bytes: int = 0
 
 
 def triton_fingerprint() -> str | None:
@@ -122,7 +126,7 @@ def compile_module(
     def build(kernel: Compiled) -> Compiled:
         cubin, shared_bytes = compile_kernel(module, kernel, target, aligned=True)
         (folder / f"{kernel.name}.cubin").write_bytes(cubin)
-        return Compiled(**{**asdict(kernel), "shared_bytes": shared_bytes})
+        return Compiled(**{**asdict(kernel), "shared_bytes": shared_bytes, **asdict(resources(cubin))})
 
     workers = min(len(wanted), os.cpu_count() or 1) or 1
     with ThreadPoolExecutor(workers, thread_name_prefix="dcompile-triton") as pool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -12,24 +13,29 @@ import pytest
 import torch
 
 from dcompile.codegen.triton import print_triton
-from dcompile.codegen.triton_launch import choose_launch
+from dcompile.codegen.triton_launch import Launch, choose_launch
 from dcompile.errors import CompilerBug
 from dcompile.ir import expr as ex
 from dcompile.ir.kernel import Kernel, Nest, Scratch, Write
 from dcompile.ir.types import DType
-from dcompile.runtime.triton_kernels import compile_module
+from dcompile.runtime.triton_kernels import KERNELS, compile_module
 from tests.unit.codegen.kernels import F32, I0, I1, R0, P, V, kernel_graph, pointwise, softmax, value
-from tests.unit.codegen.triton_cases import CASES, LAYER_NORM, STORED, fused_case, module_of, on_cuda
+from tests.unit.codegen.triton_cases import CASES, LAYER_NORM, STORED, fused_case, module_of, on_cuda, softmax_case
 
 pytest.importorskip("triton")
 
 REPOSITORY = Path(__file__).parents[3]
-HOPPER = 90
+HOPPER, AMPERE = 90, 80
+MOST_REGISTERS = 255
+COS_FRAME_BYTES = 32
+"""libdevice's cos keeps a table of digits in local memory for huge arguments."""
+
 GROUPS = 4
 """Processes the interpreted cases are divided among: each imports torch and Triton, as long as its cases take."""
 
 FORMS = ("softmax", "softmax_looped", "dynamic", "columns", "columns_looped", "argmax_f32", "any", "stored_looped",
-         "full", "batch", "gather", "padded", "atomic_f32", "randn", "to_bf16", "ops_bool")  # fmt: skip
+         "full", "batch", "gather", "padded", "transposed_large",
+         "transposed_batches", "atomic_f32", "randn", "to_bf16", "ops_bool")  # fmt: skip
 
 
 @pytest.mark.parametrize("group", range(GROUPS))
@@ -41,12 +47,23 @@ def test_interpreted_kernels_equal_the_reference(group: int) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("capability", [AMPERE, HOPPER])
 @pytest.mark.parametrize("name", FORMS)
-def test_every_form_compiles_for_hopper(name: str, tmp_path: Path) -> None:
+def test_every_form_compiles_and_keeps_everything_in_registers(name: str, capability: int, tmp_path: Path) -> None:
     module = module_of(CASES[name]())
+    compile_module(module.source, module.signatures, tmp_path, capability)
+    for kernel in json.loads((tmp_path / KERNELS).read_text())["kernels"]:
+        assert (tmp_path / f"{kernel['name']}.cubin").read_bytes().startswith(b"\x7fELF")
+        assert 0 < kernel["registers"] <= MOST_REGISTERS
+        assert kernel["frame_bytes"] == (COS_FRAME_BYTES if name == "randn" else 0)
+
+
+def test_a_spill_is_seen(tmp_path: Path) -> None:
+    wide = Launch(block=1, inner=16384, persistent=True, num_warps=1)
+    module = module_of(softmax_case(3, 16384, F32, wide))
     compile_module(module.source, module.signatures, tmp_path, HOPPER)
-    for function in module.signatures:
-        assert (tmp_path / f"{function}.cubin").read_bytes().startswith(b"\x7fELF")
+    (kernel,) = json.loads((tmp_path / KERNELS).read_text())["kernels"]
+    assert kernel["frame_bytes"] > 0
 
 
 @pytest.mark.slow

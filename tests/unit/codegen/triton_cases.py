@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -243,6 +244,13 @@ graph f(x: f32[6, 10], y: bf16[10, 6]) {
 }"""
 
 
+PERMUTED = """
+graph f(x: f32[3, 70, 9, 4]) {
+  o: f32[3, 9, 4, 70] = pointwise (i0: 3, i1: 9, i2: 4, i3: 70) x[i0, i3, i1, i2] * 2.0:f32
+  return %o
+}"""
+
+
 def column_sum_case() -> Case:
     graph = kernel_graph([value("x", (30, 9))], column_sum(30, 9))
     return Case(on_cuda(graph), [torch.randn(30, 9)], 1e-5)
@@ -337,6 +345,8 @@ CASES: dict[str, Callable[[], Case]] = {
     "full_looped": lambda: fused_case(FULL, launch=replace(LOOPED, block=1)),
     "batch": lambda: batched_case(BATCH),
     "transposed": lambda: fused_case(TRANSPOSED),
+    "transposed_large": lambda: fused_case(re.sub(r"\b10\b", "90", re.sub(r"\b6\b", "70", TRANSPOSED))),
+    "transposed_batches": lambda: fused_case(PERMUTED),
     "gather": gather_case,
     "padded": padded_case,
     "atomic_f32": lambda: atomic_case(F32),
