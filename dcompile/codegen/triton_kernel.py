@@ -38,8 +38,15 @@ class KernelPrinter(Values):
 
     def _enter(self, name: str, dim: int, axes: tuple[Axis, ...]) -> None:
         """The mask of the positions that exist among ``name``'s, and one variable for each axis, row-major."""
-        self.line(f"{name}_here = {name} < {self._size(product(tuple(size for _, size in axes)))}")
+        total, block = (
+            product(tuple(size for _, size in axes)),
+            self.launch.block if dim == OUTER else self.launch.inner,
+        )
         self.dims[name] = self.dims[f"{name}_here"] = frozenset({dim})
+        if isinstance(total, int) and total % block == 0:
+            self.whole.add(name)
+        else:
+            self.line(f"{name}_here = {name} < {self._size(total)}")
         self._axes(name, axes, dim)
 
     def _axes(self, name: str, axes: tuple[Axis, ...], dim: int) -> None:
@@ -159,9 +166,14 @@ class KernelPrinter(Values):
         """One block enters the accumulator; lanes that do not exist count as neutral."""
         register = register_text(_accumulated(dtype))
         wide = f"{value}.to({register})" if dtype is DType.BOOL else value
-        here = f"tl.where(x_here & r_here, {wide}, {neutral(kind, dtype)}).to({register})"
+        block = (
+            f"tl.broadcast_to({wide}, [X, R])" if self.dims.get(value) else f"tl.full([X, R], 0, {register}) + {wide}"
+        )
+        here, at = f"({block}).to({register})", f"tl.broadcast_to(r, [X, R]).to({positions})"
+        if existing := " & ".join(self._existing(frozenset({OUTER, INNER}))):
+            here = f"tl.where({existing}, {here}, {neutral(kind, dtype)}).to({register})"
+            at = f"tl.where({existing}, {at}, {last}).to({positions})"
         is_arg = kind.startswith("arg")
-        at = f"tl.where(x_here & r_here, r, {last}).to({positions})"
         if self.launch.persistent:
             self.line(f"{name} = {here}")
             if is_arg:

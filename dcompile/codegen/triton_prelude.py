@@ -100,11 +100,15 @@ def float_floordiv(a, b, quotient):
 
 @triton.jit
 def nan_max(a, b):
+    if a.dtype == tl.float32 and b.dtype == tl.float32:
+        return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
     return tl.where((a > b) | (a != a), a, b)
 
 
 @triton.jit
 def nan_min(a, b):
+    if a.dtype == tl.float32 and b.dtype == tl.float32:
+        return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
     return tl.where((a < b) | (a != a), a, b)
 
 
@@ -149,6 +153,23 @@ def fold_argmin(a, i, b, j):
 
 
 @triton.jit
+def row_divisor(b):
+    """What dividing many numbers by b takes: a power of two, b times it, and the finite reciprocal of that."""
+    scale = tl.where(tl.abs(b) < 7.888609052210118e-31, 1.152921504606847e18, 1.0)
+    scaled = b * scale
+    return scale, scaled, tl.div_rn(1.0, scaled)
+
+
+@triton.jit
+def divide_by_row(a, scale, scaled, reciprocal):
+    """a / b rounded to nearest: a product corrected by its own error, which is exact."""
+    a = a * scale
+    q = a * reciprocal
+    error = tl.fma(-q, scaled, a)
+    return tl.where(tl.abs(error) < float("inf"), tl.fma(error, reciprocal, q), q)
+
+
+@triton.jit
 def philox(seed, offset):
     """First two words of Philox 4x32-10 for counter (offset, 0) under key seed, both split in 32-bit halves."""
     zero = (offset * 0).to(tl.uint32)
@@ -169,4 +190,6 @@ def randn(seed, offset):
     u2 = (w1 >> 8).to(tl.float32) * 5.9604644775390625e-08
     return tl.sqrt_rn(-2.0 * libdevice.log(u1)) * libdevice.cos(6.283185307179586 * u2)
 '''
-"""Floats follow eager PyTorch: NaN wins in nan_max, loses in num_max; 5.96e-08 is 2**-24."""
+"""Floats follow eager PyTorch: NaN wins in nan_max, loses in num_max; 5.96e-08 is 2**-24. divide_by_row is Markstein's
+("Computation of elementary functions on the IBM RISC System/6000 processor", 1990): 2**-100 and 2**60 keep it in range.
+"""

@@ -10,7 +10,7 @@ import sympy
 
 from dcompile.codegen.triton_expr import INT_DIVISIONS, op_text
 from dcompile.codegen.triton_launch import Launch, Shape
-from dcompile.codegen.triton_text import INT32_REACH, index_text, literal, reach
+from dcompile.codegen.triton_text import INT32_REACH, index_text, literal, reach, rounded
 from dcompile.errors import CompilerBug
 from dcompile.ir import expr as ex
 from dcompile.ir.index import as_expr
@@ -24,11 +24,13 @@ _INDENT = "    "
 
 @dataclass
 class Scope:
-    """What is known while a block of statements is printed: texts by expression and mask, and their dimensions."""
+    """What is known while a block of statements is printed: texts by expression and mask, locals, positions, and what
+    dividing by a number takes."""
 
     names: dict[tuple[ex.Expr, str], str] = field(default_factory=dict)
     locals: dict[str, str] = field(default_factory=dict)
     symbols: dict[sympy.Symbol, str] = field(default_factory=dict)
+    divisors: dict[str, str] = field(default_factory=dict)
 
 
 class Values:
@@ -59,6 +61,7 @@ class Values:
         self.masks: list[str] = []
         self.scratch: dict[str, tuple[sympy.Expr, str] | None] = {}
         self.kept: dict[tuple[str, sympy.Expr], str] = {}
+        self.whole: set[str] = set()
         self.reports = False
         self.dirty = False
         self._count = 0
@@ -121,8 +124,11 @@ class Values:
 
     def _mask(self, dims: frozenset[int]) -> list[str]:
         """Conditions under which an access that varies along ``dims`` happens."""
-        parts = [text for text, dim in (("x_here", OUTER), ("r_here", INNER)) if dim in dims]
-        return parts + self.masks
+        return self._existing(dims) + self.masks
+
+    def _existing(self, dims: frozenset[int]) -> list[str]:
+        """Conditions under which positions along ``dims`` exist; none along those that blocks fill exactly."""
+        return [f"{name}_here" for name, dim in (("x", OUTER), ("r", INNER)) if dim in dims and name not in self.whole]
 
     def _pointer(self, buffer: str, address: str, have: frozenset[int], want: frozenset[int]) -> str:
         """The address as a block that varies along ``want``."""
@@ -211,7 +217,21 @@ class Values:
             divisor = node.args[1]
             if not (isinstance(divisor, ex.Const) and divisor.value != 0):
                 self._report(self.define(f"{args[1]} == 0", self.dims[args[1]]), dims, 2)
+        if node.name == "div" and operand.compute is DType.F32 and INNER in dims - self.dims.get(args[1], dims):
+            return self._divided_by_row(args, node.dtype, dims)
         return self.define(op_text(node.name, args, operand, node.dtype), dims)
+
+    def _divided_by_row(self, args: tuple[str, ...], dtype: DType, dims: frozenset[int]) -> str:
+        """A division of many inner positions by one number: its reciprocal is taken once."""
+        a, b = args
+        parts = next((scope.divisors[b] for scope in reversed(self.scopes) if b in scope.divisors), None)
+        if parts is None:
+            parts = ", ".join(f"{name}{self._count}" for name in ("scale", "scaled", "inverse"))
+            self._count += 1
+            self.line(f"{parts} = row_divisor({b})")
+            self.scopes[-1].divisors[b] = parts
+        text = f"divide_by_row({a}, {parts})"
+        return self.define(rounded(text, dtype) if dtype.is_low_precision else text, dims)
 
     def _report(self, bad: str, dims: frozenset[int], code: int) -> None:
         """Leave ``code`` in the kernel's fault word where ``bad`` holds at positions that exist."""

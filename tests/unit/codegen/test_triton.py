@@ -169,3 +169,15 @@ def body(source: str) -> str:
 def test_the_text_is_the_same_every_time() -> None:
     torch.manual_seed(1)
     assert module_of(CASES["gather"]()).source == module_of(CASES["gather"]()).source
+
+
+def test_masks_of_positions_that_blocks_fill_exactly_are_left_out() -> None:
+    exact, ragged = (body(module_of(softmax_case(4, columns, F32)).source) for columns in (64, 65))
+    assert "mask" not in exact
+    assert "r_here" in ragged
+
+
+def test_a_row_is_divided_by_one_reciprocal() -> None:
+    text = body(module_of(softmax_case(4, 64, F32)).source)
+    assert text.count("row_divisor(") == 1
+    assert "div_rn" not in text

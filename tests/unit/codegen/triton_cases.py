@@ -198,6 +198,14 @@ def batched_case(text: str) -> Case:
     return Case(graph, [torch.randn(shape, generator=generator).to(dtype) for shape, dtype in shapes], 1e-2)
 
 
+COUNT = """
+graph f(x: f32[5, 40]) {
+  n: f32[5] = reduce sum (i0: 5; r0: 40) 1.0:f32
+  m: f32[5] = reduce max (i0: 5; r0: 40) x[i0, r0] / x[i0, 0]
+  return %n, %m
+}"""
+"""A fold of a constant; divisions by one number a row."""
+
 BATCH = """
 graph f(a: f32[700]@cuda, b: f32[5, 40]@cuda, c: f32[300]@cuda, d: f32[37, 20]@cuda, e: f32[700]@cuda) {
   p: bf16[700]@cuda = pointwise (i0: 700) to_bf16(a[i0])
@@ -343,6 +351,8 @@ CASES: dict[str, Callable[[], Case]] = {
     "stored_looped": lambda: fused_case(STORED, launch=LOOPED),
     "full": lambda: fused_case(FULL),
     "full_looped": lambda: fused_case(FULL, launch=replace(LOOPED, block=1)),
+    "count": lambda: fused_case(COUNT),
+    "count_looped": lambda: fused_case(COUNT, launch=LOOPED),
     "batch": lambda: batched_case(BATCH),
     "transposed": lambda: fused_case(TRANSPOSED),
     "transposed_large": lambda: fused_case(re.sub(r"\b10\b", "90", re.sub(r"\b6\b", "70", TRANSPOSED))),
