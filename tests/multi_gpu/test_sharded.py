@@ -1,4 +1,4 @@
-"""FSDP2, HSDP and tensor parallel models compiled as a whole: numbers, graphs and state against eager, on CPU ranks."""
+"""FSDP2, HSDP and tensor parallel models compiled as a whole: numbers, graphs and state against eager."""
 
 from __future__ import annotations
 
@@ -30,6 +30,16 @@ from tests.multi_gpu.ranks import RankFailed, run_ranks
 pytestmark = [pytest.mark.multi_rank, pytest.mark.slow]
 
 VOCABULARY, WIDTH, HIDDEN = 22, 12, 24
+
+
+def _backend(world: int) -> str:
+    """nccl where every rank has a GPU of its own, else gloo."""
+    return "nccl" if torch.cuda.device_count() >= world else "gloo"
+
+
+def _device() -> torch.device:
+    """Where this rank's tensors live."""
+    return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
 
 
 class Block(nn.Module):
@@ -94,17 +104,18 @@ def _tensor_parallel(model: Model, mesh: DeviceMesh, sequence: bool) -> Model:
 
 def _seeded(make: Callable[[], Model]) -> Model:
     torch.manual_seed(0)
-    return make()
+    with _device():
+        return make()
 
 
 def _make(case: str) -> Model:
     if case == "sequence":
-        return _tensor_parallel(Model(), init_device_mesh("cpu", (2,)), sequence=True)
+        return _tensor_parallel(Model(), init_device_mesh(_device().type, (2,)), sequence=True)
     if case == "tensor + fsdp":
-        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+        mesh = init_device_mesh(_device().type, (2, 2), mesh_dim_names=("data", "tensor"))
         return _shard(_tensor_parallel(Model(), mesh["tensor"], sequence=False), mesh=mesh["data"])
     if case == "hsdp":
-        return _shard(Model(), mesh=init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard")))
+        return _shard(Model(), mesh=init_device_mesh(_device().type, (2, 2), mesh_dim_names=("replicate", "shard")))
     if case == "uneven, tied, frozen":
         model = Model(vocabulary=21, tied=True)
         model.blocks[0].up.weight.requires_grad_(False)
@@ -148,19 +159,19 @@ def _train(case: str, rank: int, compiled: bool, steps: int, accumulate: int) ->
             if accumulate > 1:
                 model.set_requires_gradient_sync(micro == accumulate - 1)
             generator = torch.Generator().manual_seed(100 * step + 10 * micro + data_rank)
-            tokens = torch.randint(0, 21, (4, 6), generator=generator)
+            tokens = torch.randint(0, 21, (4, 6), generator=generator).to(_device())
             found["losses"].append(_step(run, tokens))
         gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-        found["gradients"].append({name: _full(gradient).clone() for name, gradient in gradients.items()})
+        found["gradients"].append({name: _full(gradient).cpu().clone() for name, gradient in gradients.items()})
         if case not in ("sequence", "tensor + fsdp"):
             found["norms"].append(_full(nn.utils.clip_grad_norm_(model.parameters(), 0.5)).item())
         optimizer.step()
         optimizer.zero_grad()
-    found["state"] = {name: _full(value).clone() for name, value in model.state_dict().items()}
-    found["moments"] = [_full(v["exp_avg_sq"]).clone() for v in optimizer.state.values()]
+    found["state"] = {name: _full(value).cpu().clone() for name, value in model.state_dict().items()}
+    found["moments"] = [_full(v["exp_avg_sq"]).cpu().clone() for v in optimizer.state.values()]
     found["placements"] = [str(getattr(p, "placements", None)) for p in model.parameters()]
     with torch.no_grad():
-        found["evaluated"] = _full(run.eval()(torch.arange(12).view(2, 6))).clone()
+        found["evaluated"] = _full(run.eval()(torch.arange(12, device=_device()).view(2, 6))).cpu()
     counters = dcompile.counters()
     found["graphs"], found["breaks"], found["collectives"] = (
         counters.graphs,
@@ -190,12 +201,12 @@ LOW_PRECISION = {"mixed": 2e-2}
 
 @pytest.fixture(scope="module")
 def two() -> list[dict[str, Any]]:
-    return run_ranks(_both, TWO_RANKS, deadline_s=280)
+    return run_ranks(_both, TWO_RANKS, backend=_backend(2), deadline_s=280)
 
 
 @pytest.fixture(scope="module")
 def four() -> list[dict[str, Any]]:
-    return run_ranks(_both, FOUR_RANKS, world=4, deadline_s=280)
+    return run_ranks(_both, FOUR_RANKS, world=4, backend=_backend(4), deadline_s=280)
 
 
 def _check(results: list[dict[str, Any]], case: str, accumulate: int) -> None:
@@ -241,7 +252,7 @@ def _checkpoints(rank: int, folder: str) -> list[float]:
         return model, torch.optim.AdamW(model.parameters(), lr=1e-2)
 
     def advance(run: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> float:
-        tokens = torch.randint(0, 21, (4, 6), generator=torch.Generator().manual_seed(seed + rank))
+        tokens = torch.randint(0, 21, (4, 6), generator=torch.Generator().manual_seed(seed + rank)).to(_device())
         loss = _step(run, tokens)
         optimizer.step()
         optimizer.zero_grad()
@@ -275,7 +286,7 @@ def _checkpoints(rank: int, folder: str) -> list[float]:
 
 
 def test_checkpoints_move_between_eager_and_compiled(tmp_path: Path) -> None:
-    for differences in run_ranks(_checkpoints, str(tmp_path), deadline_s=150):
+    for differences in run_ranks(_checkpoints, str(tmp_path), backend=_backend(2), deadline_s=150):
         assert max(differences) < 1e-5
 
 

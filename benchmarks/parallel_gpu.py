@@ -1,0 +1,242 @@
+"""One training step of a Llama-like model over several GPUs: data parallel and fully sharded, every backend in one run.
+
+    PYTHONPATH=.:launch python benchmarks/parallel_gpu.py [--models 125M 1.1B] [--links fast slow] [--ways ...]
+
+fp32 parameters, bf16 compute, fused AdamW, one process a GPU. ``fast`` is the link as it is, ``slow`` the same GPUs
+with ``NCCL_P2P_DISABLE=1``, through host memory, which stands for a network. ``floor`` is the same model compiled by
+Inductor (``floor ours``: by dcompile) without any exchange of gradients: the price of communication is the step minus
+the floor. Each way starts from the same weights and sees the same data; its losses are compared with eager DDP's. With
+``--cpu`` it runs two gloo ranks on the CPU, to try the script.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import gc
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "launch"), str(ROOT / "benchmarks")]
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from gpu_models import Language, tokens
+from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import dcompile
+
+WARMUP, DEADLINE_S = 6, 540
+
+
+@dataclass(frozen=True)
+class Size:
+    """Sizes of a model and its batch for each rank."""
+
+    layers: int
+    width: int
+    heads: int
+    hidden: int
+    vocabulary: int
+    batch: int
+    context: int
+
+    def make(self) -> nn.Module:
+        return Language("llama", self.layers, self.width, self.heads, self.hidden, self.vocabulary, self.context)
+
+
+SIZES = {
+    "125M": Size(12, 768, 12, 2048, 32000, 8, 1024),
+    "1.1B": Size(20, 2048, 16, 5632, 32000, 4, 1024),
+    "tiny": Size(2, 64, 2, 128, 256, 2, 32),
+}
+
+
+def sharded(model: nn.Module) -> nn.Module:
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for layer in model.layers:  # type: ignore[union-attr]
+        fully_shard(layer, mp_policy=policy)
+    return fully_shard(model, mp_policy=policy)
+
+
+def per_block(model: nn.Module) -> nn.Module:
+    for layer in model.layers:  # type: ignore[union-attr]
+        layer.compile()
+    return sharded(model)
+
+
+def distributed(model: nn.Module) -> nn.Module:
+    return DistributedDataParallel(model, gradient_as_bucket_view=True)
+
+
+def ours(model: nn.Module) -> nn.Module:
+    return dcompile.compile(model, deadline_s=120.0)
+
+
+WAYS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "floor": torch.compile,
+    "floor ours": ours,
+    "ddp": distributed,
+    "ddp inductor": lambda model: torch.compile(distributed(model)),
+    "ddp ours": lambda model: ours(dcompile.data_parallel(model)),
+    "fsdp": sharded,
+    "fsdp inductor": per_block,
+    "fsdp ours": lambda model: ours(sharded(model)),
+}
+
+
+def measure(size: Size, way: str, rank: int, device: torch.device, steps: int) -> dict[str, Any]:
+    """First step, median step, peak memory and losses of one way."""
+    torch.compiler.reset()
+    dcompile.reset_counters()
+    torch.manual_seed(0)
+    model = size.make().to(device)
+    run = WAYS[way](model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=device.type == "cuda")
+    torch.manual_seed(1 + rank)
+    data = tokens(size.batch, size.context, size.vocabulary)(str(device))
+    plain = not way.startswith("fsdp")
+    autocast = torch.autocast(device.type, torch.bfloat16) if plain else contextlib.nullcontext()
+
+    def step() -> torch.Tensor:
+        with autocast:
+            loss = run(*data)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    began = time.perf_counter()
+    losses = [step().item()]
+    first_s = time.perf_counter() - began
+    for _ in range(WARMUP):
+        losses.append(step().item())
+    dist.barrier()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    times = []
+    for _ in range(steps):
+        began = time.perf_counter()
+        losses.append(step().item())
+        times.append(1e3 * (time.perf_counter() - began))
+    counters = dcompile.counters()
+    return {
+        "first_s": round(first_s, 2),
+        "step_ms": round(statistics.median(times), 2),
+        "fastest_ms": round(min(times), 2),
+        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if device.type == "cuda" else None,
+        "losses": losses,
+        "graphs": counters.graphs,
+        "collectives": counters.collectives,
+        "compile_s": {name: round(s, 2) for name, s in counters.seconds.most_common(6)} if "ours" in way else None,
+    }
+
+
+def rank_main(rank: int, world: int, link: str, port: int, given: argparse.Namespace, out: str) -> None:
+    if link == "slow":
+        os.environ["NCCL_P2P_DISABLE"] = "1"
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    device = torch.device("cpu") if given.cpu else torch.device("cuda", rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    else:
+        torch.set_num_threads(1)
+    dist.init_process_group("gloo" if given.cpu else "nccl", timeout=datetime.timedelta(seconds=150))
+    found: dict[str, dict[str, Any]] = {}
+    for model in given.models:
+        found[model] = {}
+        for way in given.ways:
+            try:
+                result = measure(SIZES[model], way, rank, device, given.steps)
+            except Exception:
+                result = {"error": traceback.format_exc()[-3000:]}
+            gc.collect()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+            found[model][way] = result
+            if rank == 0:
+                print(row(link, model, way, found[model]), flush=True)
+                Path(out).write_text(json.dumps(found))
+            if "error" in result:
+                os._exit(3)  # the other rank may hang in a collective: the next link starts afresh
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def row(link: str, model: str, way: str, found: dict[str, Any]) -> str:
+    result = found[way]
+    if "error" in result:
+        return f"{link:5} {model:5} {way:14} failed: {result['error']}"
+    reference = found.get("ddp", result)["losses"]
+    apart = max(abs(a - b) / abs(b) for a, b in zip(result["losses"], reference, strict=True))
+    return (
+        f"{link:5} {model:5} {way:14} step {result['step_ms']:8.2f} ms  fastest {result['fastest_ms']:8.2f}  "
+        f"first {result['first_s']:6.2f} s  peak {result['peak_gib']} GiB  losses apart {apart:.1e}  "
+        f"collectives {result['collectives']}"
+    )
+
+
+def run_link(link: str, given: argparse.Namespace) -> dict[str, Any]:
+    world = 2 if given.cpu else torch.cuda.device_count()
+    with tempfile.TemporaryDirectory() as folder:
+        out = str(Path(folder) / "found.json")
+        port = 29500 + os.getpid() % 1000 + (link == "slow")
+        context = mp.get_context("spawn")
+        processes = [
+            context.Process(target=rank_main, args=(rank, world, link, port, given, out)) for rank in range(world)
+        ]
+        for process in processes:
+            process.start()
+        end = time.monotonic() + given.limit_s
+        while any(p.is_alive() for p in processes) and time.monotonic() < end:
+            if any(p.exitcode not in (None, 0) for p in processes):
+                break
+            time.sleep(0.1)
+        for process in processes:
+            if process.is_alive():
+                process.kill()
+            process.join()
+        return json.loads(Path(out).read_text()) if Path(out).exists() else {}
+
+
+def hardware(given: argparse.Namespace) -> Iterator[tuple[str, Any]]:
+    yield "date", datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    yield "command", " ".join(["python", "benchmarks/parallel_gpu.py", *sys.argv[1:]])
+    yield "torch", torch.__version__
+    yield "gpus", [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())] if not given.cpu else "cpu"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=tuple(SIZES), default=["125M", "1.1B"])
+    parser.add_argument("--links", nargs="+", choices=("fast", "slow"), default=["fast", "slow"])
+    parser.add_argument("--ways", nargs="+", choices=tuple(WAYS), default=list(WAYS))
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--limit-s", type=float, default=DEADLINE_S, help="seconds until one link's ranks are killed")
+    parser.add_argument("--cpu", action="store_true")
+    parser.add_argument("--out", type=Path, help="folder for the JSON file")
+    given = parser.parse_args()
+    result = dict(hardware(given))
+    for link in given.links:
+        result[link] = run_link(link, given)
+        if given.out:
+            (given.out / f"{result['date'][:10]}-parallel_gpu.json").write_text(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()
