@@ -13,8 +13,9 @@ clipping, ``state_dict`` and checkpoints are those of eager FSDP2.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -161,7 +162,12 @@ def _pad(tensor: torch.Tensor, dim: int, rows: int) -> torch.Tensor:
 
 
 class FullySharded(Wrapper):
-    """See ``fully_sharded``. The wrapped module's parameters stay those of ``fully_shard``."""
+    """See ``fully_sharded``. The wrapped module's parameters stay those of ``fully_shard``.
+
+    The forward pass reads each parameter's local shard through a plain tensor on the same memory: a DTensor among the
+    inputs would be taken apart and put together again at every call. Its gradient is handed on to the parameter as
+    soon as it is complete.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
@@ -169,28 +175,30 @@ class FullySharded(Wrapper):
         self._managed = {name: managed for name, (managed, _) in found.items()}
         self._groups = {name: group for name, (_, group) in found.items()}
         self._shardings = {name: _sharding(managed, group) for name, (managed, group) in found.items()}
-        self._holders = {name: _holder(parameter, self._shardings[name]) for name, parameter in self._own(module)}
+        self._shards: dict[str, torch.Tensor] = {}
+        self._padded: dict[str, torch.Tensor] = {}
+        self._holders: dict[str, torch.Tensor] = {}
+        self._frozen = [name for name, managed in self._managed.items() if not managed.sharded_param.requires_grad]
+        for name, managed in self._managed.items():
+            self._point_to(name)
+            managed.reset_sharded_param = partial(self._reset, name, managed.reset_sharded_param)
         for child in module.modules():
             if isinstance(child, FSDPModule):
                 _replace_hooks(child)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The wrapped module's forward."""
-        gathered = {name: self._gathered(name, parameter) for name, parameter in self._own(self.module)}
+        gathered = {name: self._gathered(name) for name in self._shardings}
         return torch.func.functional_call(self.module, gathered, args, kwargs)
 
-    def _own(self, module: nn.Module) -> Iterator[tuple[str, DTensor]]:
-        for name, parameter in module.named_parameters():
-            if name in self._shardings:
-                yield name, cast(DTensor, parameter)
-
-    def _gathered(self, name: str, parameter: DTensor) -> torch.Tensor:
-        sharding, holder = self._shardings[name], self._holders[name]
-        shard = parameter.to_local()
-        padded = shard.detach()
-        if sharding.padded_shape is not None:
-            padded = self._managed[name]._sharded_param_data.view(sharding.padded_shape)
-        if not parameter.requires_grad or not torch.is_grad_enabled():
+    def _gathered(self, name: str) -> torch.Tensor:
+        sharding, shard, holder, padded = (
+            self._shardings[name],
+            self._shards[name],
+            self._holders[name],
+            self._padded[name],
+        )
+        if not shard.requires_grad or not torch.is_grad_enabled():
             full = gather(padded, sharding)
         elif not self._groups[name].reduce_grads:
             full = cast(Any, _GatherUnreduced.apply)(padded, holder, sharding)
@@ -202,6 +210,47 @@ class FullySharded(Wrapper):
         mesh, placements, shape, stride = sharding.inner
         return DTensor.from_local(full, mesh, placements, run_check=False, shape=shape, stride=stride)
 
+    def _reset(self, name: str, reset: Callable[[], None]) -> None:
+        """What FSDP2 calls when the memory of a parameter may have changed: a state was loaded, the module moved."""
+        reset()
+        self._point_to(name)
+
+    def _point_to(self, name: str) -> None:
+        """Let the plain tensors of a parameter share its memory as it is now."""
+        managed, sharding = self._managed[name], self._shardings[name]
+        parameter: DTensor = managed.sharded_param
+        local = parameter.to_local().detach()
+        shard = local.detach().requires_grad_(parameter.requires_grad)
+        if parameter.requires_grad:
+            hooked: Any = shard
+            hooked.register_post_accumulate_grad_hook(partial(self._hand_on, name))
+        self._shards[name] = shard
+        shape = sharding.padded_shape
+        self._padded[name] = local if shape is None else managed._sharded_param_data.view(shape)
+        self._holders[name] = _holder(local, sharding, parameter.requires_grad)
+
+    def _hand_on(self, name: str, shard: torch.Tensor) -> None:
+        """Add a complete gradient of a shard to the parameter's own."""
+        gradient, shard.grad = shard.grad, None
+        parameter: DTensor = self._managed[name].sharded_param
+        self._check_frozen()
+        if not parameter.requires_grad:
+            return
+        if parameter.grad is None:
+            parameter.grad = self._managed[name].to_sharded_dtensor(gradient)
+        else:
+            cast(DTensor, parameter.grad).to_local().add_(cast(torch.Tensor, gradient))
+        for hook in (getattr(parameter, "_post_accumulate_grad_hooks", None) or {}).values():
+            hook(parameter)
+
+    def _check_frozen(self) -> None:
+        for name in self._frozen:
+            if self._managed[name].sharded_param.requires_grad:
+                raise DCompileError(
+                    f"parameter {name} was frozen when fully_sharded was called and is trained now: set requires_grad "
+                    "before fully_sharded"
+                )
+
 
 def fully_sharded(module: nn.Module) -> FullySharded:
     """A module that computes what a ``fully_shard``-ed ``module`` computes, with all communication in the graph.
@@ -210,7 +259,8 @@ def fully_sharded(module: nn.Module) -> FullySharded:
     its first use; with ``reshard_after_forward`` (any value but False) it stands in the backward graph once more. The
     compiler decides what travels together and when it starts: prefetch settings of the wrapper have no effect. Mixed
     precision, uneven shards, sharding of another dimension, shared and frozen parameters, hybrid sharding on a mesh of
-    two dimensions, tensor parallel parameters, and ``set_requires_gradient_sync`` work as in eager.
+    two dimensions, tensor parallel parameters, and ``set_requires_gradient_sync`` work as in eager. Set
+    ``requires_grad`` of the parameters before.
 
     ``fully_shard``'s own hooks are taken off ``module``: run it through the returned wrapper from here on. Save and
     load checkpoints through either of them.
@@ -230,13 +280,13 @@ def is_fully_sharded(module: nn.Module) -> bool:
     return not isinstance(module, FullySharded) and any(isinstance(child, FSDPModule) for child in module.modules())
 
 
-def _holder(parameter: DTensor, sharding: Sharding) -> torch.Tensor:
-    """A leaf in the shape of the gathered local parameter whose ``.grad`` collects unreduced gradients. It has one
-    element of memory."""
-    shape = list(parameter.to_local().shape)
+def _holder(local: torch.Tensor, sharding: Sharding, trained: bool) -> torch.Tensor:
+    """A leaf in the shape of the gathered parameter whose ``.grad`` collects unreduced gradients. It has one element
+    of memory."""
+    shape = list(local.shape)
     shape[sharding.dim] = sharding.rows
-    cell = torch.zeros((), dtype=sharding.reduce_dtype, device=parameter.device)
-    return cell.expand(shape).requires_grad_(parameter.requires_grad)
+    cell = torch.zeros((), dtype=sharding.reduce_dtype, device=local.device)
+    return cell.expand(shape).requires_grad_(trained)
 
 
 def _managed(module: nn.Module) -> Iterator[tuple[str, tuple[Any, Any]]]:
