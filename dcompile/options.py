@@ -38,6 +38,7 @@ class Options:
         compile_once: one rank compiles a program and the others load it.
         verify_cross_rank: exchange plan fingerprints between ranks before the first launch.
         cxx: C++ compiler command; None searches ``$CXX``, ``g++``, ``clang++``.
+        assert_layouts: the first call of a program checks what library calls return against what it was compiled for.
         timeline: record start and end of every step at run time.
         cuda_graphs: replay GPU programs as CUDA graphs where ``pipeline.graph_refusal`` names no reason against it.
     """
@@ -56,6 +57,7 @@ class Options:
     verify_cross_rank: bool = True
     cxx: str | None = None
     timeline: bool = False
+    assert_layouts: bool = True
     cuda_graphs: bool = False
 
     def __post_init__(self) -> None:
@@ -94,7 +96,7 @@ class Options:
 
     def affects_code(self) -> tuple[object, ...]:
         """The part of the options that changes generated programs; part of every cache key."""
-        return (sorted(self.eager_ops), sorted(self.skip), self.bucket_bytes, self.in_flight_bytes)
+        return (sorted(self.eager_ops), sorted(self.skip), self.bucket_bytes, self.in_flight_bytes, self.assert_layouts)
 
 
 def _typed(name: str, value: Any) -> Any:
@@ -116,7 +118,7 @@ def _parse(name: str, text: str, variable: str) -> Any:
             return int(text)
         if name == "deadline_s":
             return float(text)
-        if name in ("verify_cross_rank", "timeline", "cuda_graphs", "compile_once"):
+        if name in ("verify_cross_rank", "assert_layouts", "timeline", "cuda_graphs", "compile_once"):
             return {"0": False, "1": True, "false": False, "true": True}[text.lower()]
         return text
     except (ValueError, KeyError):

@@ -276,7 +276,7 @@ def _print(lowered: Lowered, name: str, options: Options, watch: Watch) -> _Prin
     plan = run_passes(lowered.graph, _context(lowered, options), watch)
     with watch.stage("codegen"):
         module, gpu = print_cpp(plan.graph), print_triton(plan.graph)
-        host = print_host(plan, Kernels({**module.calls, **gpu.calls}), name, options.timeline)
+        host = print_host(plan, Kernels({**module.calls, **gpu.calls}), name, options.timeline, options.assert_layouts)
     watch.code(gpu.source or module.source, host)
     facts = _facts(plan, module, gpu)
 

@@ -49,26 +49,29 @@ class Module(Protocol):
     def calls(self) -> Mapping[int, CallSite]: ...
 
 
-def print_host(plan: Plan, module: Module, name: str | None = None, timeline: bool = False) -> str:
+def print_host(
+    plan: Plan, module: Module, name: str | None = None, timeline: bool = False, asserts: bool = True
+) -> str:
     """Python source of the host program of ``plan``; it defines ``call(inputs: list) -> list``.
 
     Args:
         module: the kernels, by node position.
         name: of the program in its heading; the graph's name if None.
         timeline: record start and end of every step.
+        asserts: check the layout of what library calls return in the first call.
 
     Raises:
         CompilerBug: the plan contains a node that is no step, or a tensor without a place.
     """
-    return _Printer(plan, module, name or plan.graph.name, timeline).program()
+    return _Printer(plan, module, name or plan.graph.name, timeline, asserts).program()
 
 
 class _Printer(HostFrame):
     """Prints the steps."""
 
-    def __init__(self, plan: Plan, module: Module, name: str, timeline: bool) -> None:
+    def __init__(self, plan: Plan, module: Module, name: str, timeline: bool, asserts: bool) -> None:
         super().__init__(plan, name, timeline)
-        self.module = module
+        self.module, self.asserts = module, asserts
         self.told: dict[tuple[int, int], str] = {}
         self.pointer_uses = self._count_pointer_uses()
         intervals = plan.prediction.intervals if plan.prediction else ()
@@ -190,6 +193,8 @@ class _Printer(HostFrame):
         self.say(f"del {variable}")
 
     def _expect(self, node: Extern, out: Value, variable: str, address: str | None = None) -> None:
+        if not self.asserts:
+            return
         call = _call_text(node)
         shape, stride = sizes_text(out.shape, self.symbols), sizes_text(self.places[out.name].stride, self.symbols)
         parts = [variable, dtype_text(out.dtype), shape, stride, repr(call), *([address] if address else [])]

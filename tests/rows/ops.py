@@ -81,3 +81,16 @@ define(
     lambda x: ((found := x[x > 0].clone()), found.numel()),
     _positive_fake,
 )
+
+
+def _liar(x: Tensor) -> Tensor:
+    return x.t().contiguous().t()
+
+
+define("liar(Tensor x) -> Tensor", _liar, lambda x: x.new_empty(x.shape))
+define(
+    "options(Tensor x, *, float scale=2.0, int[] shift=[1, 2]) -> Tensor",
+    lambda x, scale=2.0, shift=(1, 2): x * scale + shift[1],
+    lambda x, scale=2.0, shift=(1, 2): torch.empty_like(x),
+)
+define("ramp(SymInt n, float step) -> Tensor", lambda n, step: torch.arange(n) * step, lambda n, step: torch.empty(n))

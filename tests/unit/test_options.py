@@ -32,6 +32,7 @@ READ = {
     "compile_once": ("COMPILE_ONCE", "0", False),
     "verify_cross_rank": ("VERIFY_CROSS_RANK", "0", False),
     "cxx": ("CXX", "clang++ -v", "clang++ -v"),
+    "assert_layouts": ("ASSERT_LAYOUTS", "0", False),
     "timeline": ("TIMELINE", "TRUE", True),
     "cuda_graphs": ("CUDA_GRAPHS", "1", True),
 }
@@ -113,7 +114,7 @@ def test_the_cache_folder_follows_the_users_settings(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("name", READ)
 def test_what_changes_programs_is_part_of_every_cache_key(name: str) -> None:
     changed = replace(Options(), **{name: READ[name][2]}).affects_code() != Options().affects_code()
-    assert changed == (name in {"eager_ops", "skip", "bucket_bytes", "in_flight_bytes"})
+    assert changed == (name in {"eager_ops", "skip", "bucket_bytes", "in_flight_bytes", "assert_layouts"})
 
 
 def test_the_rank_is_the_launchers(monkeypatch: pytest.MonkeyPatch) -> None:
