@@ -92,7 +92,7 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any], compile_graph: Co
 
     functionalise_collectives(gm)
     # Saved activations are owned by autograd: not donated to the backward program, so that a graph can be retained.
-    with functorch_config.patch(donated_buffer=False), actions_have_effects(gm):
+    with functorch_config.patch(donated_buffer=False, unlift_effect_tokens=True), actions_have_effects(gm):
         return aot_autograd(
             fw_compiler=compiler("forward"),
             bw_compiler=compiler("backward"),

@@ -82,7 +82,7 @@ _BUILT_IN = frozenset({"aten", "prims", "prim", NAMESPACE, AUTOGRAD_NAMESPACE})
 def eliminate_dead_code(gm: fx.GraphModule) -> None:
     """Remove nodes without users. What acts always stays, communication above all: every rank must launch what the
     others launch."""
-    gm.graph.eliminate_dead_code(is_impure_node=lambda node: acts(node) or bool(node.is_impure()))
+    gm.graph.eliminate_dead_code(is_impure_node=lambda node: acts(node) or bool(node.is_impure()) or _checks(node))
 
 
 def _unseen_actions(gm: fx.GraphModule) -> set[Any]:
@@ -95,6 +95,11 @@ def _unseen_actions(gm: fx.GraphModule) -> set[Any]:
             listed = [getattr(target, name) for name in target.overloads()] if packet else [target]
             found.update(one for one in listed if node.op == "call_function" and _acts_unseen(one))
     return found
+
+
+def _checks(node: fx.Node) -> bool:
+    """``node`` returns nothing: it is there to raise or to print."""
+    return isinstance(node.target, OpOverload) and not node.target._schema.returns
 
 
 def _targets() -> set[Any]:

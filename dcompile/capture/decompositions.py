@@ -15,6 +15,8 @@ from torch import _decomp
 from torch._decomp import core_aten_decompositions, get_decompositions
 from torch._ops import OpOverload, OpOverloadPacket
 
+from dcompile.capture.pieces import random_pieces, view_copies
+
 aten = torch.ops.aten
 
 Table = dict[Any, Callable[..., Any]]
@@ -32,8 +34,14 @@ KEPT: dict[str, str] = {
     "embedding_dense_backward": "one scatter-add lowering rule; the pieces make a masked copy of the gradient",
     "native_dropout": "the lowering draws from its own seeded counter-based generator, equal on recomputation",
     "convolution_backward": "library call that returns all three gradients from one setup",
-    "max_pool2d_with_indices": "library kernel; there is no lowering rule for windows",
     "select_scatter": "a write into a view where the result replaces its operand",
+    "max_pool2d_with_indices": "one fold over the window; the pieces copy every window first",
+    "max_pool3d_with_indices": "one fold over the window; the pieces copy every window first",
+    "_adaptive_avg_pool2d": "one fold over the window",
+    "adaptive_max_pool2d": "one fold over the window",
+    "adaptive_max_pool3d": "one fold over the window",
+    "max_unpool2d": "one scatter",
+    "max_unpool3d": "one scatter",
     "index_add": "one scatter-add lowering rule, accumulating in one pass",
     "bernoulli": "drawn by the lowering's generator",
 }
@@ -71,6 +79,15 @@ BROKEN_UP: dict[str, str] = {
     "lerp": "pointwise",
     "index_select": "one gather",
     "linalg_vector_norm": "a power sum and a root",
+    "batch_norm_backward": "sums of pointwise work",
+    "dist": "a difference and a norm",
+    "ldexp": "pointwise",
+    "exponential": "pointwise work on uniform numbers",
+    "geometric": "pointwise work on uniform numbers",
+    "cauchy": "pointwise work on uniform numbers",
+    "log_normal": "pointwise work on normal numbers",
+    "rrelu_with_noise_backward": "pointwise",
+    "grid_sampler_2d": "gathers and their weights",
     "_fused_rms_norm": "a mean of squares, then pointwise work",
     "_fused_rms_norm_backward": "row sums of pointwise work",
 }
@@ -85,6 +102,7 @@ def decompositions() -> Table:
     for overload in _overloads(KEPT):
         table.pop(overload, None)
     table.update(get_decompositions(list(_overloads(BROKEN_UP))))
+    table.update(view_copies() | random_pieces())
     return table
 
 

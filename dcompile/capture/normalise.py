@@ -31,6 +31,7 @@ _NOISE = (aten.detach.default, aten.alias.default)
 
 def normalise(gm: fx.GraphModule) -> None:
     """Bring ``gm`` into the form the next stages expect, in place."""
+    _call_directly(gm)
     _drop_noise(gm)
     _read_constants(gm)
     _ask_for_numbers(gm)
@@ -41,6 +42,35 @@ def normalise(gm: fx.GraphModule) -> None:
     eliminate_dead_code(gm)
     gm.graph.lint()
     gm.recompile()
+
+
+def _call_directly(gm: fx.GraphModule) -> None:
+    """Replace calls that are kept in order by tokens; a call without a result stays, in program order, without them."""
+    for node in list(gm.graph.nodes):
+        if node.target is torch.ops.prims._sink_tokens.default:
+            gm.graph.erase_node(node)
+        if node.target is not torch.ops.higher_order.with_effects:
+            continue
+        token, target, *arguments = node.args
+        with gm.graph.inserting_before(node):
+            call = gm.graph.call_function(target, tuple(arguments), dict(node.kwargs))
+        call.meta = {**node.meta, "val": _untokened(node)}
+        for user in list(node.users):
+            position = user.args[1]
+            if position == 0:
+                user.replace_all_uses_with(token)
+            elif len(node.meta["val"]) == 2:
+                user.replace_all_uses_with(call)
+            else:
+                user.args = (call, position - 1)
+                continue
+            gm.graph.erase_node(user)
+        gm.graph.erase_node(node)
+
+
+def _untokened(node: fx.Node) -> Any:
+    _, *results = node.meta["val"]
+    return results[0] if len(results) == 1 else tuple(results)
 
 
 def _drop_noise(gm: fx.GraphModule) -> None:

@@ -70,7 +70,7 @@ def _int_literal(value: int, dtype: DType) -> str:
     if dtype is not DType.U8 and value >= 1 << (bits - 1):
         value -= 1 << bits
     if dtype is DType.I64:
-        return f"(-{2**63 - 1}LL - 1)" if value == -(2**63) else f"{value}LL"
+        return f"(-INT64_C({2**63 - 1}) - 1)" if value == -(2**63) else f"INT64_C({value})"
     if value == -(2**31):
         return f"(-{LARGEST_INT32} - 1)"
     return str(value) if dtype is DType.I32 else f"({STORAGE[dtype]})({value})"

@@ -144,6 +144,8 @@ def _literal_text(literal: Literal, device: Callable[[str], str]) -> str:
         return dtype_text(DType(literal.value))
     if literal.kind == "device":
         return device(literal.value)
+    if literal.kind == "complex":
+        return f"complex({str(complex(literal.value))!r})"
     if literal.kind in LITERAL_KINDS and hasattr(torch, literal.value):
         return f"torch.{literal.value}"
     raise CompilerBug(f"host program: cannot print {literal}")

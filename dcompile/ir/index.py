@@ -217,7 +217,11 @@ def flatten_index(index: tuple[sympy.Expr, ...], stride: tuple[Size, ...]) -> sy
 
 
 def unflatten(flat: sympy.Expr, shape: tuple[Size, ...]) -> tuple[sympy.Expr, ...]:
-    """Row-major coordinates of a flat position inside ``shape`` (no outermost modulo: the position is in range)."""
+    """Row-major coordinates of a flat position inside ``shape`` (no outermost modulo: the position is in range).
+
+    A shape without elements has no positions; sizes of 0 count as 1 there.
+    """
+    shape = tuple(1 if size == 0 else size for size in shape)
     index: list[sympy.Expr] = []
     step: Size = 1
     for axis in reversed(range(len(shape))):

@@ -40,7 +40,7 @@ class Ref:
 @dataclass(frozen=True)
 class Literal:
     """A non-numeric argument of a library call: ``Literal("dtype", "f32")``, ``Literal("device", "cpu")``,
-    ``Literal("memory_format", "contiguous_format")``, ``Literal("layout", "strided")``;
+    ``Literal("memory_format", "contiguous_format")``, ``Literal("layout", "strided")``, ``Literal("complex", "1j")``;
     ``Literal("graph", name)`` for one of ``Graph.graphs``, ``Literal("module", name)`` for a program that only the
     library can run, ``Literal("dict", keys)`` before the values of a dictionary."""
 

@@ -27,6 +27,7 @@ class DType(Enum):
     I8 = "i8"
     U8 = "u8"
     BOOL = "bool"
+    C32 = "c32"
     C64 = "c64"
     C128 = "c128"
     U64 = "u64"
@@ -57,7 +58,7 @@ class DType(Enum):
 
     @property
     def is_complex(self) -> bool:
-        return self in (DType.C64, DType.C128)
+        return self in (DType.C32, DType.C64, DType.C128)
 
     @property
     def library_only(self) -> bool:
@@ -86,6 +87,7 @@ _TO_TORCH: dict[DType, TorchDType] = {
     DType.I8: torch.int8,
     DType.U8: torch.uint8,
     DType.BOOL: torch.bool,
+    DType.C32: torch.complex32,
     DType.C64: torch.complex64,
     DType.C128: torch.complex128,
     DType.U64: torch.uint64,

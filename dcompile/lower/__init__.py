@@ -15,6 +15,7 @@ from dcompile.lower import (
     norm,
     point_to_point,
     pointwise,
+    pooling,
     random,
     reduction,
     scan,
@@ -42,6 +43,7 @@ FAMILIES = (
     scan,
     matmul,
     norm,
+    pooling,
     collective,
 )
 """The files that hold rules; importing them fills ``RULES``."""

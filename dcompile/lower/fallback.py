@@ -59,6 +59,8 @@ _FFT = frozenset({"_fft_r2c", "_fft_c2r", "_fft_c2c"})
 _LINALG = frozenset(
     {
         "linalg_cholesky_ex",
+        "_linalg_check_errors",
+        "lu_unpack",
         "linalg_eig",
         "_linalg_eigh",
         "linalg_qr",
@@ -107,6 +109,8 @@ def convert(lowering: Lowering, arg: Any) -> Arg:
         return arg
     if arg is None or isinstance(arg, bool | int | float | str | sympy.Expr):
         return arg
+    if isinstance(arg, complex):
+        return Literal("complex", repr(arg))
     if isinstance(arg, list | tuple):
         return tuple(convert(lowering, item) for item in arg)
     if isinstance(arg, torch.dtype):

@@ -15,7 +15,7 @@ from dcompile.lower.table import NoRule, rule
 from dcompile.lower.view import clamped_start
 
 
-def _scratch(b: Lowering, out: Value, suffix: str, expr: Expr) -> Value:
+def scratch(b: Lowering, out: Value, suffix: str, expr: Expr) -> Value:
     """A value like ``out`` holding ``expr``, to be stored into."""
     first = Value(b.fresh(f"{b.node.name}_{suffix}"), out.dtype, out.shape, out.stride, out.device)
     return b.pointwise(first, expr)
@@ -23,7 +23,7 @@ def _scratch(b: Lowering, out: Value, suffix: str, expr: Expr) -> Value:
 
 def _copied(b: Lowering, x: Value) -> Value:
     """What the current op writes into: ``x`` itself if it works in place, else a copy."""
-    return x if _in_place(b) else _scratch(b, b.out, "copy", b.element(x, b.out.shape))
+    return x if _in_place(b) else scratch(b, b.out, "copy", b.element(x, b.out.shape))
 
 
 def _in_place(b: Lowering) -> bool:
@@ -158,7 +158,8 @@ def scatter_reduce(
 # writes into a region of a copy --------------------------------------------------------------------------------------
 
 
-def _conjunction(conditions: list[Expr]) -> Expr:
+def conjunction(conditions: list[Expr]) -> Expr:
+    """All of them."""
     found: Expr = const(True, DType.BOOL)
     for condition in conditions:
         found = condition if found == const(True, DType.BOOL) else op("and", found, condition)
@@ -177,7 +178,7 @@ def _between(where: sympy.Expr, start: Size, end: Size, extent: Size) -> list[Ex
 
 def _overwritten(b: Lowering, x: Value, source: Value, conditions: list[Expr], where: tuple[sympy.Expr, ...]) -> Value:
     body = to(load(source.name, where, source.dtype), x.dtype)
-    return b.pointwise(b.out, masked(_conjunction(conditions), body, b.element(x, x.shape)))
+    return b.pointwise(b.out, masked(conjunction(conditions), body, b.element(x, x.shape)))
 
 
 @rule("slice_scatter")
@@ -240,4 +241,4 @@ def constant_pad(b: Lowering, x: Value, pad: Any, value: Any = 0) -> Value:
     filler = b.element(value, out.shape, out.dtype)
     if any(n == 0 for n in x.shape):
         return b.pointwise(out, filler)
-    return b.pointwise(out, masked(_conjunction(conditions), load(x.name, tuple(where), x.dtype), filler))
+    return b.pointwise(out, masked(conjunction(conditions), load(x.name, tuple(where), x.dtype), filler))

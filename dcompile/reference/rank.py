@@ -305,6 +305,8 @@ def _argument(arg: Any, memory: Memory) -> Any:
             return partial(_run_program, memory.programs[arg.value])
         if arg.kind == "device":
             return torch.device("cpu")
+        if arg.kind == "complex":
+            return complex(arg.value)
         if arg.kind == "dtype" and arg.value in {d.value for d in DType}:
             return DType(arg.value).torch
         return getattr(torch, arg.value)
