@@ -1,7 +1,7 @@
-"""Pooling over windows, in one to three dimensions: averages are sums over the window, maxima also say where they were.
+"""Pooling over windows of two and three dimensions: averages are sums, maxima also say where they were.
 
-Positions of a window that lie outside the tensor (padding, and the last window under ``ceil_mode``) are never read. In the
-gradient of an average every input position sums over the windows it belongs to, so nothing is added atomically.
+Positions of a window that lie outside the tensor (padding, and the last window under ``ceil_mode``) are never read. In
+the gradient of an average every input position sums over the windows it belongs to, so nothing is added atomically.
 """
 
 from __future__ import annotations
@@ -116,10 +116,10 @@ def _windows_of(b: Lowering, x: Value, kernel: Any, stride: Any, padding: Any, d
     sizes = x.shape[len(x.shape) - rank :]
 
     def each(values: Any) -> list[int]:
-        values = list(values) if isinstance(values, tuple) else [values]
-        if any(not isinstance(v, int) for v in values):
+        found = [v for v in (values if isinstance(values, tuple) else (values,)) if isinstance(v, int)]
+        if len(found) not in (1, rank):
             raise NoRule
-        return values * rank if len(values) == 1 else values
+        return found * rank if len(found) == 1 else found
 
     kernel = each(kernel)
     stride = each(stride) if stride not in ((), None) else kernel
