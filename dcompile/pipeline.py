@@ -66,6 +66,7 @@ from dcompile.schedule.layout import choose_layouts
 from dcompile.schedule.memory import plan_memory
 from dcompile.schedule.overlap import overlap, predict
 from dcompile.schedule.simplify import simplify_graph
+from dcompile.schedule.stages import split_reductions
 from dcompile.watch import Watch
 
 
@@ -112,6 +113,7 @@ PASSES = (
     Pass(donate_sources, takes=Level.LOOPS, gives=Level.LOOPS, optional=True),
     Pass(choose_layouts, takes=Level.LOOPS, gives=Level.LOOPS, optional=True),
     Pass(inline_pointwise, takes=Level.LOOPS, gives=Level.LOOPS, optional=True),
+    Pass(split_reductions, takes=Level.LOOPS, gives=Level.LOOPS, optional=True),
     Pass(fuse, takes=Level.LOOPS, gives=Level.KERNELS),
     Pass(batch_kernels, takes=Level.KERNELS, gives=Level.KERNELS, optional=True),
     Pass(overlap, takes=Level.KERNELS, gives=Level.ORDERED, optional=True),

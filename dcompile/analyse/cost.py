@@ -28,6 +28,7 @@ class Roofline:
         launch_us: fixed time of one generated kernel, and of a collective's launch on the compute lane.
         call_us: fixed time of one library call.
         matmul_flops_per_us: library matrix products by element type; types not named run at ``flops_per_us``.
+        multiprocessors: of a GPU.
     """
 
     flops_per_us: float
@@ -35,6 +36,7 @@ class Roofline:
     launch_us: float
     call_us: float
     matmul_flops_per_us: Mapping[DType, float] = field(default_factory=dict)
+    multiprocessors: int = 0
 
 
 @dataclass(frozen=True)
@@ -160,6 +162,7 @@ H200 = Roofline(
     launch_us=4.0,
     call_us=6.0,
     matmul_flops_per_us={DType.BF16: 7.4e8, DType.F16: 7.4e8, DType.F32: 5.0e7, DType.F64: 5.0e7},
+    multiprocessors=132,
 )
 """One H200-class GPU. bf16 matmul: four 8192^3 in 5.95 ms are 739 TFLOP/s. Others are estimates: 80 % of the data
 sheet's 4.8 TB/s, half of its 67 TFLOP/s for scalar code, three quarters for f32 and f64 matmuls, a few us a launch."""

@@ -141,7 +141,8 @@ def _welford_merge(dtype: DType) -> Rule:
     A part without weight changes nothing. Equal infinite means stay what they are; their squared distances are NaN, as
     eager PyTorch's variance is.
     """
-    (ma, sa, na), (mb, sb, nb) = ((side(k, dtype) for k in range(3)) for side in (left, right))
+    ma, sa, na = (left(k, dtype) for k in range(3))
+    mb, sb, nb = (right(k, dtype) for k in range(3))
     zero = ex.const(0, dtype)
     apart = ex.op("sub", mb, ma)
     total = ex.op("add", na, nb)

@@ -97,6 +97,8 @@ def extremum(b: Lowering, x: Value, dim: Any = (), keepdim: bool = False) -> Val
 @rule("max", "min")
 def extremum_of_all(b: Lowering, x: Value) -> Value:
     kind = str(b.node.target).split(".")[1]
+    if 0 in x.shape:
+        raise NoRule  # the library reports it
     return fold(b, b.out, kind, x, tuple(range(len(x.shape))))
 
 
@@ -111,7 +113,7 @@ def extremum_and_place(b: Lowering, x: Value, dim: Any, keepdim: bool = False) -
 @rule("argmax", "argmin")
 def place(b: Lowering, x: Value, dim: Any = None, keepdim: bool = False) -> Value:
     kind = str(b.node.target).split(".")[1]
-    if x.dtype is DType.BOOL:
+    if x.dtype is DType.BOOL or (0 in x.shape and dim is None):
         raise NoRule
     return fold(b, b.out, kind, x, reduced_dims(dim, len(x.shape)))
 

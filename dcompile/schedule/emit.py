@@ -18,6 +18,7 @@ from dcompile.ir.kernel import Accumulator, Fold, Kernel, Let, Nest, Role, Scrat
 from dcompile.ir.nodes import Axis, Reduction, Store
 from dcompile.ir.types import Origin, Size, Value
 from dcompile.schedule.loops import Domain, Placed, coefficient, index_parts
+from dcompile.schedule.unroll import Values, at_position, inner_positions, left_fold, unrollable
 
 PARALLEL_WORK = 32768
 """Iterations from which a kernel is worth several threads: waking an OpenMP team costs 2 to 5 us, the time in which
@@ -92,8 +93,11 @@ class _Emitter:
         self.by_name = {name: m for m in self.group.members for name in m.names}
         self.values = {value.name: value for m in self.group.members for value in m.outs}
         self._assign_passes()
-        self._keep_between_passes()
-        body = self._rows() if self.group.domain.inner else self._flat()
+        if unrollable(self.group.domain, [root for m in self.group.members for root in m.placed.roots]):
+            body = self._unrolled()
+        else:
+            self._keep_between_passes()
+            body = self._rows() if self.group.domain.inner else self._flat()
         outs = [(m, value) for m in self.group.members for value in m.outs if value.name in self.stored]
         origin = Origin()
         for member in self.group.members:
@@ -226,6 +230,50 @@ class _Emitter:
         if self.group.column:
             roles = (*roles[:-1], Role.SIMD)
         return (Nest(axes, roles, tuple(body)),)
+
+    def _unrolled(self) -> tuple[Stmt, ...]:
+        """Straight-line code for one outer position: everything is evaluated, then everything is written."""
+        places = list(inner_positions(self.group.domain.inner))
+        values: Values = {}
+        lets: list[Let] = []
+        writes: list[Write] = []
+
+        def define(name: str, value: ex.Expr, out: Value) -> ex.Expr:
+            lets.append(Let(name, _typed(value, out)))
+            return ex.local(name, out.dtype)
+
+        for m in self.group.members:
+            node = m.placed.form.node
+            if isinstance(node, Reduction):
+                entering = [
+                    tuple(at_position(e, place, n, values) for e in (m.placed.expr, *m.placed.others))
+                    for n, place in enumerate(places)
+                ]
+                folded, results = left_fold(node, entering, f"{m.name}_fold")
+                lets += folded
+                values.update({out.name: (define(out.name, e, out),) for out, e in zip(m.outs, results, strict=True)})
+            else:
+                here = places if m.spread == "row" else [{}]
+                found = (at_position(m.placed.expr, place, n, values) for n, place in enumerate(here))
+                values[m.name] = tuple(
+                    define(f"{m.name}_{n}" if len(here) > 1 else m.name, e, m.out) for n, e in enumerate(found)
+                )
+            for out in m.outs:
+                if out.name in self.stored:
+                    writes += self._unrolled_writes(m, out, values, places)
+        axes = self.group.domain.outer_axes
+        return (Nest(axes, self._flat_roles(axes, tuple(writes)), (*lets, *writes)),)
+
+    def _unrolled_writes(
+        self, m: Member, out: Value, values: Values, places: list[dict[sympy.Symbol, sympy.Expr]]
+    ) -> list[Write]:
+        found: list[Write] = []
+        node = m.placed.form.node
+        mode = node.mode if isinstance(node, Store) else "set"
+        for n, (value, place) in enumerate(zip(values[out.name], places, strict=False)):
+            bind = tuple(at_position(b, place, n, values) for b in m.placed.bind)
+            found.append(Write(out.name, m.placed.address.xreplace(place), value, bind, mode))
+        return found
 
     def _inner_roles(self, count: int) -> tuple[Role, ...]:
         """Lanes along the last inner axis, unless columns have them; threads along the first if nothing is outside."""

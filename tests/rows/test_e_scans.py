@@ -1,0 +1,85 @@
+"""Rows E: scans."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from dcompile.ir.kernel import Kernel, ScanLoop, statements
+from dcompile.ir.nodes import Extern, Scan
+from dcompile.lower import lower
+from tests.rows.check import Seen, chk
+from tests.unit.lower.harness import trace
+
+
+def loops(seen: Seen) -> list[ScanLoop]:
+    kernels = [node for node in seen.plan.graph.nodes if isinstance(node, Kernel)]
+    return [s for kernel in kernels for s in statements(kernel.body) if isinstance(s, ScanLoop)]
+
+
+@pytest.mark.row("E1")
+@pytest.mark.parametrize("dim", [0, 1, -1])
+def test_scans_along_every_dimension(dim: int) -> None:
+    x = torch.randn(7, 300)
+    seen = chk(lambda x: (x * 2).cumsum(dim), x, rtol=2e-6, atol=1e-6)
+    assert (seen.K, seen.X, len(loops(seen))) == (1, 0, 1)
+
+    def program(x: Tensor, n: Tensor, flags: Tensor) -> list[Tensor]:
+        whole = [n.cumsum(dim), flags.cumsum(dim), n.cumprod(dim), *x.cummax(dim), *n.cummin(dim)]
+        return [*whole, x.cumprod(dim) + 1, x.logcumsumexp(dim)]
+
+    more = chk(program, x, torch.randint(-2, 3, (7, 300), dtype=torch.int32), x > 0)
+    assert more.X == 0
+    assert len(loops(more)) == 7
+    assert [r.dtype for r in more.result[:2]] == [torch.int64, torch.int64]
+
+
+@pytest.mark.row("E1")
+def test_ties_nan_and_infinities() -> None:
+    nan, inf = math.nan, math.inf
+    x = torch.tensor([1.0, 3, 3, nan, 5, nan, 7])
+    chk(lambda x: (*x.cummax(0), *x.cummin(0), x.cumsum(0)), x)
+    y = torch.tensor([-inf, -inf, 1.0, 2.0, inf, inf, -inf])
+    chk(lambda y: (y.logcumsumexp(0), *y.cummax(0)), y)
+    sliced = torch.randn(6, 5, 8).transpose(0, 2)[1:]
+    chk(lambda x: (x.cumsum(1), x.cumsum(0)), sliced, rtol=2e-6)
+
+
+@pytest.mark.row("E1")
+def test_gradients_and_changing_lengths() -> None:
+    x = torch.randn(5, 6, requires_grad=True)
+    chk(lambda x: x.cumsum(1) * x, x, grad=True)
+    seen = chk(lambda x: x.cumsum(0), torch.randn(30, 3), also=[(torch.randn(50, 3),)], dynamic=True)
+    assert len(seen.graphs) == 1
+
+
+@pytest.mark.row("E2")
+def test_nothing_to_scan() -> None:
+    def program(one: Tensor, none: Tensor, scalar: Tensor) -> list[Tensor]:
+        return [one.cumsum(1), none.cumsum(0), scalar.cumsum(0), scalar.cumprod(0), *one.cummax(1), one.logcumsumexp(1)]
+
+    seen = chk(program, torch.ones(3, 1), torch.empty(0), torch.tensor(2.0))
+    assert seen.X == 0
+    assert loops(seen) == []
+
+
+@pytest.mark.row("E2")
+def test_devices_without_a_scan_kernel_call_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    traced = trace(lambda x: x.cumsum(0), torch.randn(9))
+    assert [type(n) for n in lower(traced, "inference").graph.nodes] == [Scan]
+    monkeypatch.setattr("dcompile.lower.scan.SCAN_DEVICES", frozenset())
+    (node,) = lower(traced, "inference").graph.nodes
+    assert isinstance(node, Extern)
+    assert (node.op, node.fallback) == ("aten.cumsum.default", False)
+
+
+@pytest.mark.row("E1")
+def test_long_sums_are_as_accurate_as_eager() -> None:
+    x = torch.rand(200_000)
+    seen = chk(lambda x: x.cumsum(0), x, rtol=1e-6)
+    exact = x.double().cumsum(0)
+    error = ((seen.result.double() - exact) / exact).abs().max()
+    assert error <= ((x.cumsum(0).double() - exact) / exact).abs().max() * 1.5
