@@ -36,6 +36,7 @@ from dcompile.ir.types import Value
 from dcompile.lower import Extra, Lowered, SizeOf, lower
 from dcompile.options import Options, process_rank
 from dcompile.plan import Plan
+from dcompile.runtime.board import compiling
 from dcompile.runtime.cache import Cache, cache_key
 from dcompile.runtime.comm import group_size
 from dcompile.runtime.compiled import (
@@ -252,7 +253,8 @@ def _build(lowered: Lowered, name: str, options: Options, watch: Watch, graphing
         coming = receive_or(place, key, cache, options.deadline_s, arrived, here)
         return Built(name, compiled(coming), inner=tuple(inner.values()))
     try:
-        made = _print(lowered, name, options, watch)
+        with compiling(name):
+            made = _print(lowered, name, options, watch)
     except BaseException:
         if sharing is not None:
             sharing.finish(None)

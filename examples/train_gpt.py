@@ -2,6 +2,7 @@
 
     dcompile-launch --nproc 2 examples/train_gpt.py --backend dcompile
     torchrun --nproc-per-node 2 examples/train_gpt.py --backend eager
+    dcompile-launch --max-restarts 3 examples/train_gpt.py --checkpoint-dir saved --checkpoint-every 50 --resume
     python examples/train_gpt.py --preset tiny                            # one process, no process group
 
 Runs are reproducible: data depends only on seed, rank and step, so a resumed run sees what the first would have seen.
@@ -14,13 +15,14 @@ import contextlib
 import json
 import math
 import os
+import signal
 import sys
 import sysconfig
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 import torch.distributed as dist
@@ -155,6 +157,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--loss-log", type=Path, help="JSON lines: step, loss averaged over ranks, seconds since the previous line")
     add("--checkpoint-dir", type=Path)
     add("--checkpoint-every", type=int, default=0, help="steps; 0 saves only after the last one")
+    add("--checkpoint-async", action="store_true", help="write checkpoints while training goes on")
     add(
         "--resume", action="store_true", help="continue from the newest checkpoint in --checkpoint-dir, if there is one"
     )
@@ -189,11 +192,10 @@ def ranks() -> Iterator[tuple[int, int, torch.device]]:
         yield 0, 1, device
         return
     dist.init_process_group("nccl" if on_gpu else "gloo")
-    try:
-        yield dist.get_rank(), dist.get_world_size(), device
-        dist.barrier()  # gloo's threads drop their last tensors while this one waits, not while the group is destroyed
-    finally:
-        dist.destroy_process_group()
+    yield dist.get_rank(), dist.get_world_size(), device
+    # Not after an error: the group of a collective that has not ended cannot be destroyed.
+    dist.barrier()  # gloo's threads drop their last tensors while this one waits, not while the group is destroyed
+    dist.destroy_process_group()
 
 
 def parallel(model: nn.Module, backend: str, device: torch.device, *, timeline: bool = False) -> nn.Module:
@@ -216,15 +218,38 @@ def parallel(model: nn.Module, backend: str, device: torch.device, *, timeline: 
 
 
 class Checkpoints:
-    """Model, optimizer and step, saved by all ranks together with torch.distributed.checkpoint."""
+    """Model, optimizer, step and random state, saved by all ranks together with torch.distributed.checkpoint.
 
-    def __init__(self, folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    The step is the position in the data too. A checkpoint counts once its ``.metadata`` is there, which is written
+    last: one that was interrupted is passed over.
+
+    Args:
+        background: write while training goes on; only the copy to host memory is waited for. The writers of all ranks
+            talk over a process group of their own, because collectives of training are under way meanwhile.
+    """
+
+    def __init__(self, folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, background: bool) -> None:
         self.folder, self.model, self.optimizer = folder, model, optimizer
+        self.background = background and dist.is_initialized()
+        self.group = dist.new_group(backend="gloo") if self.background else None
+        self.pending: Any = None
 
     def save(self, step: int) -> None:
+        """Raises whatever the previous save failed with, or this one if it is not done in the background."""
+        self.finish()
         model, optimizer = get_state_dict(self.model, self.optimizer)
-        state = {"model": model, "optimizer": optimizer, "step": step}
-        dcp.save(state, checkpoint_id=self.folder / f"step-{step:08}", no_dist=not dist.is_initialized())
+        state = {"model": model, "optimizer": optimizer, "step": step, **random_state()}
+        target = self.folder / f"step-{step:08}"
+        if self.background:
+            self.pending = dcp.async_save(state, checkpoint_id=target, process_group=self.group)
+        else:
+            dcp.save(state, checkpoint_id=target, no_dist=not dist.is_initialized())
+
+    def finish(self) -> None:
+        """Wait for a save in the background."""
+        pending, self.pending = self.pending, None
+        if pending is not None:
+            pending.result()
 
     def load(self) -> int:
         """Restores the newest complete checkpoint; returns its step, 0 if there is none."""
@@ -233,16 +258,59 @@ class Checkpoints:
             return 0
         model, optimizer = get_state_dict(self.model, self.optimizer)
         state: dict[str, Any] = {"model": model, "optimizer": optimizer, "step": 0}
+        saved = dcp.FileSystemReader(found[-1]).read_metadata().state_dict_metadata
+        state |= {name: value for name, value in random_state().items() if name in saved}  # not of ranks that are new
         dcp.load(state, checkpoint_id=found[-1], no_dist=not dist.is_initialized())
         set_state_dict(self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+        set_random_state(state)
         return int(state["step"])
 
 
-def mean_over_ranks(loss: Tensor, world: int) -> float:
-    total = loss.detach().clone()
+def random_state() -> dict[str, Tensor]:
+    """The generators' states under names that differ between ranks: every rank saves and loads its own."""
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    state = {f"random.cpu.{rank}": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state[f"random.cuda.{rank}"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    for name in random_state().keys() & state.keys():
+        (torch.cuda.set_rng_state if ".cuda." in name else torch.set_rng_state)(state[name])
+
+
+class Stop:
+    """Asked to leave: a scheduler that wants its machine back sends SIGTERM some time before SIGKILL.
+
+    The signal reaches ranks at different steps. ``requested`` travels with the loss, so all leave after the same one.
+    """
+
+    EXIT_CODE = 128 + signal.SIGTERM
+
+    def __init__(self) -> None:
+        self.requested = False
+        signal.signal(signal.SIGTERM, self._request)
+
+    def _request(self, *_: object) -> None:
+        self.requested = True
+
+
+def over_ranks(loss: Tensor, stop: bool, world: int) -> tuple[float, bool]:
+    """The mean loss, and whether any rank has been asked to stop."""
+    total = torch.stack((loss.detach().float(), torch.full_like(loss, float(stop), dtype=torch.float32)))
     if world > 1:
         dist.all_reduce(total)
-    return float(total) / world
+    mean, stops = total.tolist()
+    return mean / world, stops > 0
+
+
+def log_from(path: Path, first: int) -> TextIO:
+    """The loss log, without the steps after ``first``, which a resumed run repeats."""
+    lines = path.read_text().splitlines() if first and path.exists() else []
+    kept = [line for line in lines if json.loads(line)["step"] <= first]
+    path.write_text("".join(f"{line}\n" for line in kept))
+    return path.open("a")
 
 
 def compile_stage() -> str:
@@ -328,15 +396,18 @@ def communication_hidden(backend: str) -> str:
     )
 
 
-def train(given: argparse.Namespace, rank: int, world: int, device: torch.device) -> None:
+def train(given: argparse.Namespace, rank: int, world: int, device: torch.device) -> int:
+    """Returns the exit code."""
     shape = shape_of(given)
     torch.manual_seed(given.seed)
     model = GPT(shape, given.dropout).to(device)
     called = parallel(model, given.backend, device, timeline=True)
     torch.manual_seed(given.seed + 1 + rank)  # dropout differs between ranks
     optimizer = torch.optim.AdamW(model.parameters(), lr=given.lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    checkpoints = Checkpoints(given.checkpoint_dir, model, optimizer) if given.checkpoint_dir else None
+    folder = given.checkpoint_dir
+    checkpoints = Checkpoints(folder, model, optimizer, given.checkpoint_async) if folder else None
     first = checkpoints.load() if checkpoints and given.resume else 0
+    stop, stopped = Stop(), False
     text = standard_library()
     parameters = sum(parameter.numel() for parameter in model.parameters())
     with (
@@ -347,7 +418,7 @@ def train(given: argparse.Namespace, rank: int, world: int, device: torch.device
             f"{given.backend}: {parameters / 1e6:.1f} M parameters, {world} rank{'s' * (world > 1)} on {device.type}, "
             f"{len(text) / 1e6:.0f} MB of text, {'resumed at' if first else 'from'} step {first}"
         )
-        log = files.enter_context(given.loss_log.open("a" if first else "w")) if given.loss_log and rank == 0 else None
+        log = files.enter_context(log_from(given.loss_log, first)) if given.loss_log and rank == 0 else None
         for step in range(first, given.steps):
             began = time.perf_counter()
             batch = batch_of(text, given.batch, shape.context, seed=given.seed, rank=rank, step=step)
@@ -357,24 +428,31 @@ def train(given: argparse.Namespace, rank: int, world: int, device: torch.device
             loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            mean = mean_over_ranks(loss, world)
+            mean, stopped = over_ranks(loss, stop.requested, world)
             seconds = time.perf_counter() - began
             if step == first:
                 display.say(compile_stages(given.backend))
             display.step(step + 1, mean, seconds)
             if log:
                 print(json.dumps({"step": step + 1, "loss": mean, "seconds": seconds}), file=log, flush=True)
-            last = step + 1 == given.steps
+            last = stopped or step + 1 == given.steps
             if checkpoints and (last or (given.checkpoint_every and (step + 1) % given.checkpoint_every == 0)):
                 checkpoints.save(step + 1)
+            if stopped:
+                break
+        if checkpoints:
+            checkpoints.finish()
         display.say(communication_hidden(given.backend))
+        if stopped:
+            display.say(f"asked to stop after step {step + 1}" + (", which is saved" if checkpoints else ""))
+            return Stop.EXIT_CODE
+    return 0
 
 
 def main(argv: list[str] | None = None) -> int:
     given = parse(argv)
     with ranks() as (rank, world, device):
-        train(given, rank, world, device)
-    return 0
+        return train(given, rank, world, device)
 
 
 if __name__ == "__main__":

@@ -84,7 +84,10 @@ def agree_on(teams: Mapping[str, Team], graph: str, fingerprint: str, lines: Seq
         known = _agreed.setdefault(group, set())
         if team.size > 1 and fingerprint not in known:
             key = f"{graph}/{next_key(group)}"
-            store = own_connection(group_store(team.process_group), deadline_s)
+            try:
+                store = own_connection(group_store(team.process_group), deadline_s)
+            except RuntimeError as error:
+                raise _store_gone(team.rank, graph, error) from error
             lookout = Lookout(here, partial(_notice, graph, group, team.place.ranks, lines))
             if here is not None:
                 here.moves_on()
@@ -162,6 +165,13 @@ def _describe(key: str, prints: Sequence[str], line: int, texts: Sequence[str], 
     return "\n".join(parts)
 
 
+def _store_gone(rank: int, graph: str, error: RuntimeError) -> PeerGone:
+    return PeerGone(
+        f"rank {rank}: the store does not answer while ranks agree on {graph}: the process that hosts it (rank 0, or "
+        f"the launcher) has ended or stands still ({error})"
+    )
+
+
 def _nobody(_: Board) -> Notice:
     raise CompilerBug("there is no board to post on")
 
@@ -190,10 +200,7 @@ class _Exchange:
         except DCompileError:
             raise
         except RuntimeError as error:
-            raise PeerGone(
-                f"rank {self._rank}: the store does not answer while ranks agree on {self._key.split('/')[0]}: the "
-                f"process that hosts it (rank 0, or the launcher) has ended or stands still ({error})"
-            ) from error
+            raise _store_gone(self._rank, self._key.split("/")[0], error) from error
         finally:
             self._lookout.done()
 

@@ -11,7 +11,8 @@ import sys
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, Protocol
 
@@ -45,13 +46,22 @@ class Store(Protocol):
 
 def own_connection(store: Any, timeout_s: float) -> Any:
     """A second connection to ``store``: other threads do not wait for it, and none of its calls takes longer than
-    ``timeout_s``. Stores that cannot be cloned are returned as they are."""
+    ``timeout_s``. Stores that cannot be cloned are returned as they are.
+
+    Raises:
+        RuntimeError: the store does not answer. It is asked first, because connecting would be tried again and again.
+    """
+    usual, mine = store.timeout, timedelta(seconds=max(timeout_s, 1.0))
+    store.set_timeout(mine)
     try:
-        mine = store.clone()
-        mine.set_timeout(timedelta(seconds=max(timeout_s, 1.0)))
-    except (AttributeError, RuntimeError):
-        return store
-    return mine
+        store.check([PREFIX])
+        if not hasattr(store, "clone"):
+            return store
+        connection = store.clone()
+        connection.set_timeout(mine)
+        return connection
+    finally:
+        store.set_timeout(usual)
 
 
 class Board:
@@ -106,6 +116,19 @@ class Board:
         """The notice of this rank while it is blocked; arguments as in ``Notice``."""
         lines = tuple((flight.number, flight.line) for flight in FLIGHTS.recent(group, SHOWN_LINES))
         return Notice(doing, what, group, number, tuple(members), FLIGHTS.launched(), dict(self.agreed), lines)
+
+
+@contextmanager
+def compiling(what: str) -> Iterator[None]:
+    """While the block runs, ranks that wait for this one can see that it compiles ``what``."""
+    here = board()
+    if here is not None:
+        here.post(Notice("compiles", what, launched=FLIGHTS.launched(), agreed=dict(here.agreed)))
+    try:
+        yield
+    finally:
+        if here is not None:
+            here.post(None)
 
 
 class Lookout:

@@ -8,6 +8,7 @@ dies vanishes with it. An entry may be removed at any time: whoever fails to rea
 from __future__ import annotations
 
 import atexit
+import errno
 import fcntl
 import hashlib
 import json
@@ -35,6 +36,9 @@ MAX_BYTES = 4 * 2**30
 
 MIN_FREE_BYTES = 64 * 2**20
 """With less room on the disk nothing is added: the compiler's temporary files alone can take this much."""
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What a write fails with when the disk, a quota or a limit of the process has no room for it."""
 
 POLL_S = 0.02
 """Between two tries for a lock: short against a compile (seconds), long against the try (microseconds)."""
@@ -161,6 +165,8 @@ class Cache:
             try:
                 build(fresh)
             except Exception as error:
+                if isinstance(error, OSError) and error.errno in NO_ROOM:
+                    raise _Unusable(f"the disk of cache folder {root} is full ({error.strerror})") from error
                 if fresh.exists():
                     raise
                 raise _Unusable(f"cache folder {root} was removed during a build") from error

@@ -19,6 +19,7 @@ import torch
 from dcompile.errors import DeadlineExceeded, Divergence, PeerGone, ToolchainError
 from dcompile.options import Options
 from dcompile.runtime.agree import agree_on
+from dcompile.runtime.board import compiling
 from dcompile.runtime.cache import Cache
 from dcompile.runtime.comm import TorchComm
 from dcompile.runtime.cuda_graphs import CudaGraphDevice, GraphedProgram
@@ -284,7 +285,8 @@ class CompiledGraph:
     def _load(self) -> Executable | GraphedProgram:
         with self._lock:
             if self._executable is None:
-                loaded = self._loaded.result()
+                with compiling(self.name):
+                    loaded = self._loaded.result()
                 gpu = GpuKernels(loaded.folder, self.name) if loaded.facts.gpu_functions else None
                 functions = {**loaded.functions, **gpu.functions} if gpu is not None else loaded.functions
                 communicator = settle(self.name, self._groups, loaded.facts.lines, self._options)

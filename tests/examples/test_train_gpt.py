@@ -18,9 +18,10 @@ ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "train_gpt.py"
 
 
-def train(*arguments: str, ranks: int = 0) -> str:
-    launcher = ["-m", "dcompile_launch", "--nproc", str(ranks)] if ranks else []
-    command = [sys.executable, *launcher, str(EXAMPLE), "--preset", "tiny", *arguments]
+def train(*arguments: str, ranks: int = 0, mpi: bool = False) -> str:
+    started = [str(Path(sys.executable).with_name("mpirun")), "-n", str(ranks)] if mpi else []
+    launcher = ["-m", "dcompile_launch", *(() if mpi else ("--nproc", str(ranks)))] if ranks else []
+    command = [*started, sys.executable, *launcher, str(EXAMPLE), "--preset", "tiny", *arguments]
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'launch'}"}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stderr
@@ -69,6 +70,9 @@ def compare(tmp_path: Path, steps: int, saved: int, resumed: tuple[str, ...]) ->
 @pytest.mark.multi_rank
 def test_dcompile_learns_what_eager_learns_and_resumes_bit_by_bit(tmp_path: Path) -> None:
     compare(tmp_path, steps=12, saved=6, resumed=("dcompile",))
+    log = tmp_path / "mpi"
+    train("--backend", "dcompile", "--steps", "12", "--warmup", "1", "--loss-log", str(log), ranks=2, mpi=True)
+    assert losses(log) == losses(tmp_path / "dcompile"), "mpirun or dcompile-launch, the losses are the same bits"
 
 
 @pytest.mark.slow

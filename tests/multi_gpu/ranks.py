@@ -8,6 +8,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,71 @@ def run_ranks(
         return _collect(processes, Path(folder), running, deadline_s)
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """How one rank ended.
+
+    Attributes:
+        exit_code: of its process, negative for a signal; None if it was still there at the deadline and was killed.
+        result: what it returned; None if it did not.
+        error: its traceback; "" if it raised nothing.
+        seconds: from the start of all ranks to its end.
+    """
+
+    exit_code: int | None
+    result: Any
+    error: str
+    seconds: float
+
+
+def drill(
+    fn: Callable[..., Any], *args: Any, world: int = 2, deadline_s: float = 90.0, still: int | None = None
+) -> list[Outcome]:
+    """``run_ranks`` for ranks that are meant to come to grief: how each of them ended, at the latest at the deadline.
+
+    Nobody is killed because another rank failed. Rank ``still`` is not expected to end (it was stopped, say): it is
+    killed when the others have ended.
+    """
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    with tempfile.TemporaryDirectory(prefix="dcompile-drill-") as folder:
+        port = _free_port()
+        processes = [
+            context.Process(
+                target=_rank_main,
+                args=(fn, args, rank, world, "gloo", port, folder, deadline_s, dict(os.environ), False),
+                daemon=True,
+            )
+            for rank in range(world)
+        ]
+        began = time.monotonic()
+        for process in processes:
+            process.start()
+        ended: dict[int, float] = {}
+        while len(ended) < world and time.monotonic() - began < deadline_s:
+            for rank, process in enumerate(processes):
+                if not process.is_alive():
+                    ended.setdefault(rank, time.monotonic() - began)
+            if len(ended) == world - 1 and still not in (None, *ended):
+                break
+            time.sleep(0.02)
+        found = []
+        for rank, process in enumerate(processes):
+            error, result = Path(folder, f"error{rank}"), Path(folder, f"result{rank}")
+            found.append(
+                Outcome(
+                    process.exitcode,
+                    torch.load(result, weights_only=False) if result.exists() else None,
+                    error.read_text() if error.exists() else "",
+                    ended.get(rank, time.monotonic() - began),
+                )
+            )
+        for process in processes:
+            process.kill()
+            process.join()
+        return found
+
+
 def _join(processes: list[Any], deadline_s: float) -> list[int]:
     """Wait for all ranks; after one fails the others get two seconds to fail too. Returns the ranks still running."""
     end = time.monotonic() + deadline_s
@@ -110,7 +176,9 @@ def _rank_main(
     folder: str,
     deadline_s: float,
     environment: dict[str, str],
+    together: bool = True,
 ) -> None:
+    """One rank's process. ``together``: it waits at its end for the others."""
     os.environ.clear()
     os.environ.update(environment, OMP_NUM_THREADS="1")
     os.environ.update(
@@ -125,6 +193,8 @@ def _rank_main(
         )
         result = fn(rank, *args)
         torch.save(result, Path(folder) / f"result{rank}")
+        if not together:
+            os._exit(0)
         dist.barrier()
         if _quarantine:  # a collective that never ended: its group cannot be taken down
             os._exit(0)
