@@ -125,6 +125,14 @@ def _parse(name: str, text: str, variable: str) -> Any:
         raise DCompileError(f"environment variable {variable}={text!r} cannot be read") from None
 
 
+def process_life() -> str:
+    """What tells the lives of a restarted job apart: restarts so far, and its ranks (torch's elastic agent sets both).
+
+    Its store may outlive its ranks, with all that they wrote.
+    """
+    return f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}-{os.environ.get('WORLD_SIZE', '1')}"
+
+
 def process_rank() -> int:
     """This process's rank as its launcher states it (``$RANK``), 0 when it was started alone.
 

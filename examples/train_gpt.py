@@ -15,6 +15,7 @@ import contextlib
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 import sysconfig
@@ -217,6 +218,10 @@ def parallel(model: nn.Module, backend: str, device: torch.device, *, timeline: 
     return torch.compile(wrapped) if backend == "inductor" else wrapped
 
 
+class SaveFailed(RuntimeError):
+    """A checkpoint could not be written; says where, what room there is, and what is left to resume from."""
+
+
 class Checkpoints:
     """Model, optimizer, step and random state, saved by all ranks together with torch.distributed.checkpoint.
 
@@ -235,25 +240,43 @@ class Checkpoints:
         self.pending: Any = None
 
     def save(self, step: int) -> None:
-        """Raises whatever the previous save failed with, or this one if it is not done in the background."""
+        """
+        Raises:
+            SaveFailed: this save, or the one before it if saves are done in the background.
+        """
         self.finish()
         model, optimizer = get_state_dict(self.model, self.optimizer)
         state = {"model": model, "optimizer": optimizer, "step": step, **random_state()}
         target = self.folder / f"step-{step:08}"
         if self.background:
             self.pending = dcp.async_save(state, checkpoint_id=target, process_group=self.group)
-        else:
+            return
+        try:
             dcp.save(state, checkpoint_id=target, no_dist=not dist.is_initialized())
+        except Exception as error:
+            raise self._failed() from error
 
     def finish(self) -> None:
         """Wait for a save in the background."""
         pending, self.pending = self.pending, None
         if pending is not None:
-            pending.result()
+            try:
+                pending.result()
+            except Exception as error:
+                raise self._failed() from error
+
+    def _failed(self) -> SaveFailed:
+        free, last = shutil.disk_usage(self.folder).free, (self.complete() or [None])[-1]
+        have = f"the last complete one is {last.name}" if last else "there is no complete one"
+        return SaveFailed(f"cannot save a checkpoint in {self.folder}, with {free / 1e6:,.0f} MB free there; {have}")
+
+    def complete(self) -> list[Path]:
+        """Folders of all complete checkpoints, oldest first."""
+        return sorted(path.parent for path in self.folder.glob("step-*/.metadata"))
 
     def load(self) -> int:
         """Restores the newest complete checkpoint; returns its step, 0 if there is none."""
-        found = sorted(path.parent for path in self.folder.glob("step-*/.metadata"))
+        found = self.complete()
         if not found:
             return 0
         model, optimizer = get_state_dict(self.model, self.optimizer)

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import torch.distributed as dist
 
 from dcompile.errors import Divergence, PeerGone
+from dcompile.options import process_life
 from dcompile.runtime.flights import FLIGHTS
 from dcompile.runtime.waits import Notice, explain, report
 
@@ -46,7 +47,7 @@ class Store(Protocol):
 
 def own_connection(store: Any, timeout_s: float) -> Any:
     """A second connection to ``store``: other threads do not wait for it, and none of its calls takes longer than
-    ``timeout_s``. Stores that cannot be cloned are returned as they are.
+    ``timeout_s``. Stores that cannot be cloned are used as they are. Keys of a former life of the job are not seen.
 
     Raises:
         RuntimeError: the store does not answer. It is asked first, because connecting would be tried again and again.
@@ -55,11 +56,9 @@ def own_connection(store: Any, timeout_s: float) -> Any:
     store.set_timeout(mine)
     try:
         store.check([PREFIX])
-        if not hasattr(store, "clone"):
-            return store
-        connection = store.clone()
+        connection = store.clone() if hasattr(store, "clone") else store
         connection.set_timeout(mine)
-        return connection
+        return dist.PrefixStore(f"dcompile-{process_life()}", connection)
     finally:
         store.set_timeout(usual)
 

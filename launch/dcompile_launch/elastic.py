@@ -142,6 +142,8 @@ def _launch(job: Job, log_dir: Path) -> int:
     os.environ["OMP_NUM_THREADS"] = job.threads(os.environ)
     progress = Path(os.environ.setdefault(compiling.VARIABLE, str(log_dir / "compiling")))
     progress.mkdir(parents=True, exist_ok=True)
+    if job.max_restarts:  # else ranks that are started again meet in a store full of addresses of the dead
+        os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     if job.log_dir is not None:
         os.environ.setdefault("DCOMPILE_FLIGHT_DIR", str(log_dir / "flights"))
     run_id = job.job_id or uuid.uuid4().hex

@@ -31,8 +31,12 @@ def killed(writer: FileSystemWriter, *args: Any) -> Any:
 
 
 def full(writer: FileSystemWriter, *args: Any) -> Any:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
-    return write(writer, *args)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        return write(writer, *args)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def slowly(*args: Any, **kwargs: Any) -> Any:

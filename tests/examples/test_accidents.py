@@ -68,7 +68,8 @@ def test_a_full_disk_is_named_and_costs_no_older_checkpoint(tmp_path: Path) -> N
     run(*command("none", tmp_path, "--steps", "2"))
     text = run(*command("full", tmp_path), code=1)
     assert "resumed at step 2" in text
-    assert re.search(r"File too large|No space left", text)
+    assert re.search(r"SaveFailed: cannot save a checkpoint in .* MB free there; the last complete one is", text)
+    assert text.rstrip().endswith("the last complete one is step-00000002")
     assert [path.parent.name for path in (tmp_path / "saved").glob("*/.metadata")] == ["step-00000002"]
 
 
