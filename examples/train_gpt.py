@@ -253,7 +253,7 @@ class Checkpoints:
             return
         try:
             dcp.save(state, checkpoint_id=target, no_dist=not dist.is_initialized())
-        except Exception as error:
+        except (Exception, dcp.CheckpointException) as error:
             raise self._failed() from error
 
     def finish(self) -> None:
@@ -262,7 +262,7 @@ class Checkpoints:
         if pending is not None:
             try:
                 pending.result()
-            except Exception as error:
+            except (Exception, dcp.CheckpointException) as error:
                 raise self._failed() from error
 
     def _failed(self) -> SaveFailed:
