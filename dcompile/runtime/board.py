@@ -58,7 +58,7 @@ def own_connection(store: Any, timeout_s: float) -> Any:
         store.check([PREFIX])
         connection = store.clone() if hasattr(store, "clone") else store
         connection.set_timeout(mine)
-        return dist.PrefixStore(f"dcompile-{process_life()}", connection)
+        return dist.PrefixStore(f"dcompile-{process_life()}", connection)  # type: ignore[attr-defined]
     finally:
         store.set_timeout(usual)
 
