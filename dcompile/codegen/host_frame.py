@@ -112,9 +112,14 @@ class HostFrame(HostMemory):
 
     def _layout(self, value: Value) -> str:
         written = value.name in self._exposed_inputs()
-        option = ", written=True" if written else ""
+        option = ", written=True" if written else ", library=True" if self._is_for_library(value) else ""
         device = "any" if self._is_seed(value) else value.device
         return f"rt.Layout({value.name!r}, {dtype_text(value.dtype)}, {device!r}{option})"
+
+    def _is_for_library(self, value: Value) -> bool:
+        """Whether only library calls read an input."""
+        readers = [node for node in self.graph.nodes if value.name in node.operands]
+        return bool(readers) and all(isinstance(node, Extern) for node in readers)
 
     def _is_seed(self, value: Value) -> bool:
         """A CUDA integer that only library calls read: it may really lie on the CPU (``runtime.inputs.ANY_DEVICE``)."""

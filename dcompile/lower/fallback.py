@@ -86,11 +86,26 @@ _LINALG = frozenset(
 )
 _MEMORY = frozenset({"empty", "empty_strided", "_to_copy", "cat"})
 """Allocation, transfers between devices, and concatenation of many parts: nothing is computed."""
+_RECURRENT = frozenset({"mkldnn_rnn_layer", "mkldnn_rnn_layer_backward"})
+LIBRARIES = frozenset({"mkldnn", "mkl", "onednn"})
+"""Namespaces of ops that are library kernels, with their epilogues."""
 _ASSERTION = frozenset({"_assert_async"})
 _DATA_SIZED = frozenset(
     {"nonzero", "masked_select", "repeat_interleave", "_unique", "_unique2", "unique_dim", "unique_consecutive"}
 )
-LIBRARY_OPS = _DATA_SIZED | _ASSERTION | _ATTENTION | _CONVOLUTION | _MATMUL | _ORDER | _SCAN | _FFT | _LINALG | _MEMORY
+LIBRARY_OPS = (
+    _RECURRENT
+    | _DATA_SIZED
+    | _ASSERTION
+    | _ATTENTION
+    | _CONVOLUTION
+    | _MATMUL
+    | _ORDER
+    | _SCAN
+    | _FFT
+    | _LINALG
+    | _MEMORY
+)
 """ATen op names (without overload) whose library call is no fallback; nor is a call that decides a size."""
 
 COMMUNICATING = frozenset({"c10d", "_c10d_functional", "_c10d_functional_autograd", "symm_mem", "_dtensor"})
@@ -169,7 +184,8 @@ def call_library(lowering: Lowering, op: Any, args: tuple[Any, ...], kwargs: dic
         versions=versions,
         aliases=tuple(aliases) if any(aliases) else (),
         effect=_has_effect(op, rest, kwargs, args),
-        fallback=not chosen and not (namespace == "aten" and (rest.split(".")[0] in LIBRARY_OPS or numbers)),
+        fallback=not (chosen or namespace in LIBRARIES)
+        and not (namespace == "aten" and (rest.split(".")[0] in LIBRARY_OPS or numbers)),
         barrier=namespace in COMMUNICATING,
         seq=_returns_sequence(schema),
         nested=_is_nested(schema),

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from dcompile.errors import DCompileError
-from dcompile.runtime.externs import describe, same_stride
+from dcompile.runtime.externs import describe, is_packed, same_stride
 
 WIDEST_SCALAR_BYTES = 8
 
@@ -25,12 +25,14 @@ class Layout:
     Attributes:
         dtype, device: of the tensor; ``device`` is a device type or ``ANY_DEVICE``.
         written: the program writes this input or returns memory of it, so it cannot work on a copy.
+        library: only library calls read it; it may be in a layout of the library's own (weights packed by oneDNN).
     """
 
     name: str
     dtype: torch.dtype
     device: str
     written: bool = False
+    library: bool = False
 
     @property
     def misaligned(self) -> int:
@@ -40,16 +42,19 @@ class Layout:
 
 def fits(tensors: Sequence[torch.Tensor], layouts: Sequence[Layout], shapes: Sequence[tuple[Any, Any]]) -> bool:
     """Whether all tensors have exactly the expected dtype, shape, stride, alignment and no lazy negation. Fast."""
-    for tensor, layout, (shape, stride) in zip(tensors, layouts, shapes, strict=True):
-        if (
-            tensor.shape != shape
-            or tensor.stride() != stride
-            or tensor.dtype is not layout.dtype
-            or tensor.data_ptr() & layout.misaligned
-            or tensor.is_neg()
-            or tensor.is_conj()
-        ):
-            return False
+    try:
+        for tensor, layout, (shape, stride) in zip(tensors, layouts, shapes, strict=True):
+            if (
+                tensor.shape != shape
+                or tensor.stride() != stride
+                or tensor.dtype is not layout.dtype
+                or tensor.data_ptr() & layout.misaligned
+                or tensor.is_neg()
+                or tensor.is_conj()
+            ):
+                return False
+    except RuntimeError:  # a tensor without addressable memory
+        return False
     return True
 
 
@@ -64,6 +69,14 @@ def conform(
     ready = []
     for tensor, layout, (shape, stride) in zip(tensors, layouts, shapes, strict=True):
         want = f"{describe(layout.dtype, shape, stride)} on {layout.device}"
+        if (
+            layout.library
+            and is_packed(tensor)
+            and tensor.dtype is layout.dtype
+            and tuple(tensor.shape) == tuple(shape)
+        ):
+            ready.append(tensor)
+            continue
         if not isinstance(tensor, torch.Tensor) or tensor.layout is not torch.strided:
             raise DCompileError(f"{program}: input {layout.name} must be a dense tensor {want}, got {tensor!r:.200}")
         same = tensor.dtype is layout.dtype and layout.device in (tensor.device.type, ANY_DEVICE)

@@ -11,7 +11,7 @@ from dcompile.analyse.context import Context
 from dcompile.ir import expr as ex
 from dcompile.ir.graph import Graph
 from dcompile.ir.index import FloorDiv, Mod, Ranges, simplify
-from dcompile.ir.nodes import Loop, Node, Pointwise, Reduction, Scan, Store, View, loop_axes
+from dcompile.ir.nodes import Extern, Loop, Node, Pointwise, Reduction, Scan, Store, View, loop_axes
 from dcompile.ir.symbolic import learned, symbols_of
 from dcompile.ir.types import Value, contiguous_stride
 from dcompile.schedule.special import drop_trivial_folds
@@ -148,8 +148,16 @@ def drop_dead(graph: Graph, ctx: Context) -> Graph:
             live.update(node.operands)
             if numbers:
                 live.update(s.name for s in symbols_of(node))
-            kept.append(node)
+            kept.append(_without_unread(node, live))
     return graph.with_nodes(tuple(reversed(kept)))
+
+
+def _without_unread(node: Node, live: set[str]) -> Node:
+    """A library call without those of its several results that nobody reads: they may not even be tensors."""
+    if not isinstance(node, Extern) or node.out_op is not None or node.binds or not node.seq:
+        return node
+    outs = tuple(out if out is None or out.name in live else None for out in node.outs)
+    return node if outs == node.outs else replace(node, outs=outs)
 
 
 def reads_elsewhere(store: Store, roots: dict[str, str]) -> bool:
