@@ -40,6 +40,8 @@ class Options:
         cxx: C++ compiler command; None searches ``$CXX``, ``g++``, ``clang++``.
         assert_layouts: the first call of a program checks what library calls return against what it was compiled for.
         timeline: record start and end of every step at run time.
+        freeze: weights of inference graphs rarely change: those of large CPU convolutions and linear layers are packed
+            for oneDNN and MKL once, with elementwise epilogues inside the call, whose relu and clamps do not keep NaN.
         cuda_graphs: replay GPU programs as CUDA graphs where ``pipeline.graph_refusal`` names no reason against it.
     """
 
@@ -59,6 +61,7 @@ class Options:
     timeline: bool = False
     assert_layouts: bool = True
     cuda_graphs: bool = False
+    freeze: bool = False
 
     def __post_init__(self) -> None:
         """Raises ``DCompileError`` naming the option and the value it cannot have."""
@@ -96,7 +99,8 @@ class Options:
 
     def affects_code(self) -> tuple[object, ...]:
         """The part of the options that changes generated programs; part of every cache key."""
-        return (sorted(self.eager_ops), sorted(self.skip), self.bucket_bytes, self.in_flight_bytes, self.assert_layouts)
+        flags = (self.assert_layouts, self.freeze)
+        return (sorted(self.eager_ops), sorted(self.skip), self.bucket_bytes, self.in_flight_bytes, *flags)
 
 
 def _typed(name: str, value: Any) -> Any:
@@ -118,7 +122,7 @@ def _parse(name: str, text: str, variable: str) -> Any:
             return int(text)
         if name == "deadline_s":
             return float(text)
-        if name in ("verify_cross_rank", "assert_layouts", "timeline", "cuda_graphs", "compile_once"):
+        if name in ("verify_cross_rank", "assert_layouts", "timeline", "cuda_graphs", "compile_once", "freeze"):
             return {"0": False, "1": True, "false": False, "true": True}[text.lower()]
         return text
     except (ValueError, KeyError):

@@ -31,7 +31,7 @@ from dcompile.errors import CompilerBug, DCompileError, ToolchainError
 from dcompile.ir.graph import Graph
 from dcompile.ir.kernel import Kernel
 from dcompile.ir.nodes import Extern, Loop, Node, Pack, Pointwise, Reduction, Scan, Store, View, calls_programs
-from dcompile.ir.symbolic import is_check, reads_numbers
+from dcompile.ir.symbolic import is_library_call, reads_numbers
 from dcompile.ir.types import Value
 from dcompile.lower import Extra, Lowered, SizeOf, lower
 from dcompile.options import Options, process_rank
@@ -60,6 +60,7 @@ from dcompile.runtime.toolchain import Arity, compiler_fingerprint, probe
 from dcompile.runtime.triton_kernels import triton_fingerprint
 from dcompile.schedule.batch import batch_kernels
 from dcompile.schedule.bucket import bucket_collectives
+from dcompile.schedule.epilogue import library_epilogues
 from dcompile.schedule.fuse import fuse
 from dcompile.schedule.in_place import donate_sources, recover_in_place
 from dcompile.schedule.inline import inline_pointwise
@@ -114,6 +115,7 @@ PASSES = (
     Pass(donate_sources, takes=Level.LOOPS, gives=Level.LOOPS, optional=True),
     Pass(choose_layouts, takes=Level.LOOPS, gives=Level.LOOPS, optional=True),
     Pass(inline_pointwise, takes=Level.LOOPS, gives=Level.LOOPS, optional=True),
+    Pass(library_epilogues, takes=Level.LOOPS, gives=Level.LOOPS, optional=True),
     Pass(split_reductions, takes=Level.LOOPS, gives=Level.LOOPS, optional=True),
     Pass(fuse, takes=Level.LOOPS, gives=Level.KERNELS),
     Pass(batch_kernels, takes=Level.KERNELS, gives=Level.KERNELS, optional=True),
@@ -349,7 +351,7 @@ def _key(lowered: Lowered, options: Options) -> str:
 
 
 def _facts(plan: Plan, module: CppModule, gpu: TritonModule) -> Facts:
-    externs = [node for node in plan.graph.nodes if isinstance(node, Extern) and not is_check(node)]
+    externs = [node for node in plan.graph.nodes if is_library_call(node)]
     return Facts(
         functions={name: Arity(s.buffers, s.sizes) for name, s in module.signatures.items()},
         lines=communication_lines(plan.graph),

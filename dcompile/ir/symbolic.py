@@ -63,6 +63,11 @@ def is_check(node: Node) -> TypeGuard[Extern]:
     return isinstance(node, Extern) and node.op == CHECK
 
 
+def is_library_call(node: Node) -> TypeGuard[Extern]:
+    """Whether ``node`` counts as a call into a library: not a check, nor the look-up of a packed weight."""
+    return isinstance(node, Extern) and node.op != CHECK and not node.op.startswith("dcompile.pack_")
+
+
 def reads_numbers(node: Node) -> bool:
     """Whether ``node`` brings a number from a tensor to the host."""
     return isinstance(node, Extern) and (bool(node.binds) or any(_has_item(a) for a in (*node.args, *node.kwargs)))
@@ -236,6 +241,6 @@ def _value(size: Size, sizes: Mapping[sympy.Symbol, int]) -> int | None:
 
 
 __all__ = [
-    "CHECK", "MEASURED", "RELATIONS", "Knowledge", "Source", "check_numbers", "find", "holds", "is_check", "learned",
-    "reads_numbers", "solve", "symbols_of",
+    "CHECK", "MEASURED", "RELATIONS", "Knowledge", "Source", "check_numbers", "find", "holds", "is_check",
+    "is_library_call", "learned", "reads_numbers", "solve", "symbols_of",
 ]  # fmt: skip

@@ -21,7 +21,7 @@ from dcompile.capture import tensors_in
 from dcompile.ir.graph import Graph
 from dcompile.ir.kernel import Kernel
 from dcompile.ir.nodes import Extern, Node, View
-from dcompile.ir.symbolic import is_check
+from dcompile.ir.symbolic import is_library_call
 from dcompile.ir.types import Value
 from dcompile.options import Options
 from dcompile.pipeline import Built
@@ -168,9 +168,8 @@ class Seen:
 
     @property
     def externs(self) -> tuple[str, ...]:
-        """Ops called in the library; a check of a number is none."""
-        calls = (node for p in self.plans for node in p.graph.nodes if isinstance(node, Extern))
-        return tuple(node.op for node in calls if not is_check(node))
+        """Ops called in the library; a check of a number is none, nor is the look-up of a packed weight."""
+        return tuple(node.op for p in self.plans for node in p.graph.nodes if is_library_call(node))
 
     @property
     def fallbacks(self) -> tuple[str, ...]:
