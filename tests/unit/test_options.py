@@ -35,6 +35,7 @@ READ = {
     "assert_layouts": ("ASSERT_LAYOUTS", "0", False),
     "timeline": ("TIMELINE", "TRUE", True),
     "cuda_graphs": ("CUDA_GRAPHS", "1", True),
+    "freeze": ("FREEZE", "1", True),
 }
 """Each option: its variable without the prefix, a text for it, and what the text means."""
 
@@ -114,7 +115,7 @@ def test_the_cache_folder_follows_the_users_settings(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("name", READ)
 def test_what_changes_programs_is_part_of_every_cache_key(name: str) -> None:
     changed = replace(Options(), **{name: READ[name][2]}).affects_code() != Options().affects_code()
-    assert changed == (name in {"eager_ops", "skip", "bucket_bytes", "in_flight_bytes", "assert_layouts"})
+    assert changed == (name in {"eager_ops", "skip", "bucket_bytes", "in_flight_bytes", "assert_layouts", "freeze"})
 
 
 def test_the_rank_is_the_launchers(monkeypatch: pytest.MonkeyPatch) -> None:
