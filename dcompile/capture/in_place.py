@@ -32,6 +32,7 @@ _VIEW_OF: dict[Any, tuple[Any, int]] = {
 arguments the view's own begin."""
 
 _WRITES: dict[Any, Any] = {
+    aten.copy.default: aten.copy_.default,
     aten.index_put.default: aten.index_put_.default,
     aten.scatter.src: aten.scatter_.src,
     aten.scatter.value: aten.scatter_.value,

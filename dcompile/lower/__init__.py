@@ -20,6 +20,7 @@ from dcompile.lower import (
     reduction,
     scan,
     scatter,
+    storage,
     view,
 )
 from dcompile.lower.fallback import LIBRARY_OPS
@@ -34,6 +35,7 @@ FAMILIES = (
     foreach,
     random,
     view,
+    storage,
     concat,
     indexing,
     loss,

@@ -74,6 +74,7 @@ class Lowering:
         self.learned: set[sympy.Symbol] = set()
         self.main_device = "cpu"
         self._newer: dict[str, Value] = {}
+        self._of_inputs: set[str] = set()
         self._views: dict[str, tuple[View, Value]] = {}
 
     # names and values
@@ -152,7 +153,17 @@ class Lowering:
 
     def supersede(self, old: Value, new: Value) -> None:
         """``new`` is ``old`` after a mutation."""
+        if old.name in self._of_inputs:
+            self._of_inputs.add(new.name)
         self._newer[old.name] = new
+
+    def is_input(self, value: Value) -> bool:
+        """Whether ``value``, which is no view, is an input or a later version of one."""
+        return value.name in self._of_inputs
+
+    def add_input(self, value: Value) -> None:
+        """``value`` is the caller's."""
+        self._of_inputs.add(value.name)
 
     def root(self, value: Value) -> Value:
         """The value whose storage ``value`` views, at its newest version."""

@@ -163,6 +163,7 @@ class _Walker:
             value = self.lowering.value(self.names[node], meta)
             self.lowering.sizes.told(size for size in (*value.shape, *value.stride) if isinstance(size, sympy.Symbol))
             self.inputs.append(value)
+            self.lowering.add_input(value)
             return value
         if isinstance(meta, torch.SymInt):
             size = self.lowering.sizes.size(meta)

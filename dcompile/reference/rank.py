@@ -219,6 +219,8 @@ def _call(node: Extern, memory: Memory) -> None:
     kwargs = {key: _argument(arg, memory) for key, arg in node.kwargs}
     if node.op.startswith("dcompile.") and calls_programs(node):
         returned: Any = call_programs(node.op, args)
+    elif node.op == "dcompile.resize_storage":
+        returned = args[0].untyped_storage().resize_(int(args[1]))
     elif node.op == "dcompile.seeds":
         returned = torch.randint(-(2**63), 2**63 - 1, (int(args[0]),), dtype=torch.int64)
     else:

@@ -131,7 +131,13 @@ def describe(dtype: torch.dtype, shape: Sequence[int], stride: Sequence[int]) ->
     return f"{str(dtype).removeprefix('torch.')}{list(shape)} with strides {list(stride)}"
 
 
+def resize_storage(tensor: torch.Tensor, nbytes: int) -> None:
+    """Give the storage of ``tensor`` another number of bytes, 0 to give them back. New bytes hold anything."""
+    tensor.untyped_storage().resize_(nbytes)
+
+
 HELPERS: dict[str, Callable[..., Any]] = {
+    "dcompile.resize_storage": resize_storage,
     "dcompile.seeds": seeds,
     "dcompile.finish": finish,
     CHECK: check,

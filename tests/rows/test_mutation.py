@@ -11,9 +11,15 @@ import torch
 from torch import Tensor
 
 from dcompile.analyse.dependence import predecessors
+from dcompile.backend import backend
 from dcompile.collectives.text import parse_graph
+from dcompile.ir.nodes import Extern
+from dcompile.lower.storage import RESIZE
+from dcompile.options import Options
+from dcompile.pipeline import Built
+from dcompile.plan import Home
 from tests.rows import ops
-from tests.rows.check import chk, without_views
+from tests.rows.check import chk, memory, without_views
 
 custom = torch.ops.dcompile_rows
 
@@ -292,3 +298,66 @@ def test_old_versions_read_later_are_kept() -> None:
         return old, view * 2, (x + old).sum(0)
 
     chk(program, torch.randn(5, 3), torch.tensor([1, 4]), torch.randn(2, 3))
+
+
+def _without_bytes(*shape: int) -> Tensor:
+    tensor = torch.empty(shape)
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
+@pytest.mark.row("M4", "U2")
+def test_a_gathered_parameter_gives_up_its_bytes_after_its_use() -> None:
+    def program(shard: Tensor, full: Tensor, x: Tensor) -> Tensor:
+        full.untyped_storage().resize_(full.numel() * full.itemsize)
+        full.copy_(torch.cat([shard, shard * 2]))  # stands for the gather
+        y = torch.mm(x, full)
+        full.untyped_storage().resize_(0)
+        return y.relu()
+
+    # compared by hand: a copy of a tensor without bytes cannot be made
+    shard, x, full = torch.randn(4, 3), torch.randn(5, 8), _without_bytes(8, 3)
+    seen: list[Built] = []
+    torch.compiler.reset()
+    compiled = torch.compile(program, backend=backend(Options.from_env({"cache_dir": None}), seen.append))
+    for _ in range(2):
+        found = compiled(shard, full, x)
+        assert full.untyped_storage().nbytes() == 0
+        torch.testing.assert_close(found, torch.mm(x, torch.cat([shard, shard * 2])).relu())
+    plan = seen[0].plan
+    assert plan is not None
+    resized = [node for node in plan.graph.nodes if isinstance(node, Extern) and node.op == RESIZE]
+    assert [node.args[1] for node in resized] == [96, 0]
+    name = resized[0].args[0].name
+    assert plan.storages[plan.slots[name].storage].home is Home.INPUT
+    assert name not in {event.name for event in memory(plan)}
+
+
+@pytest.mark.row("M4")
+def test_storages_are_resized_to_symbolic_sizes() -> None:
+    def program(x: Tensor, full: Tensor) -> Tensor:
+        full.untyped_storage().resize_(x.shape[0] * 12)
+        full.copy_(x)
+        y = full * 2
+        x.untyped_storage().resize_(0)
+        return y
+
+    torch.compiler.reset()
+    compiled = torch.compile(program, backend=backend(Options.from_env({"cache_dir": None})), dynamic=True)
+    for rows in (8, 5):
+        x, full = torch.randn(rows, 3), _without_bytes(rows, 3)
+        expected = x.clone()
+        torch.testing.assert_close(compiled(x, full), expected * 2)
+        assert (x.untyped_storage().nbytes(), full.untyped_storage().nbytes()) == (0, rows * 12)
+        torch.testing.assert_close(full, expected)
+
+
+@pytest.mark.row("M4")
+def test_memory_of_the_programs_own_is_given_back_by_the_plan() -> None:
+    def program(x: Tensor, w: Tensor) -> Tensor:
+        y = torch.mm(x, w)
+        z = torch.mm(y, w)
+        y.untyped_storage().resize_(0)
+        return torch.mm(z, w)
+
+    assert RESIZE not in chk(program, torch.randn(4, 4), torch.randn(4, 4), rtol=1e-4, atol=1e-4).externs
