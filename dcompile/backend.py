@@ -9,8 +9,9 @@ from typing import Any, TypeVar
 import torch
 from torch import fx
 
-from dcompile.capture import Captured, capture, graph_breaks, reset_graph_breaks, storage_users
+from dcompile.capture import Captured, capture, graph_breaks, keep_whole, reset_graph_breaks, storage_users
 from dcompile.counters import TALLY, Counters
+from dcompile.ddp import average_in_graph
 from dcompile.options import Options
 from dcompile.pipeline import Built, compile_graph
 from dcompile.runtime.compiled import Graphing
@@ -52,9 +53,29 @@ def backend(options: Options, observe: Observer | None = None) -> Callable[..., 
             return built.run
 
         with TALLY.timed("capture"):
-            return capture(gm, example_inputs, compile_captured)
+            begin = average_in_graph(gm)
+            program = capture(gm, example_inputs, compile_captured)
+        return program if begin is None else _after(begin, program)
 
+    run.is_dcompile = True  # type: ignore[attr-defined]
     return run
+
+
+def _after(begin: Callable[[], None], program: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any) -> Any:
+        begin()
+        return program(*args)
+
+    return call
+
+
+def _is_ours(given: Any) -> bool:
+    """Whether a backend is this one, by itself or as ``torch.compile`` wraps it."""
+    inner = getattr(given, "compiler_fn", given)
+    return inner is dcompile or bool(getattr(inner, "is_dcompile", False))
+
+
+keep_whole(_is_ours)
 
 
 def compile(function: F, *, dynamic: bool | None = None, fullgraph: bool = False, **options: Any) -> F:

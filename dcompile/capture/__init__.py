@@ -13,6 +13,13 @@ from dcompile.capture.aot import (
 )
 from dcompile.capture.origins import source_of
 from dcompile.capture.storage import storage_users
+from dcompile.capture.under_ddp import (
+    is_forward_of,
+    is_whole_function,
+    keep_whole,
+    parameter_inputs,
+    pass_through,
+)
 
 __all__ = [
     "Boxed",
@@ -22,6 +29,11 @@ __all__ = [
     "capture",
     "every_recompile",
     "graph_breaks",
+    "is_forward_of",
+    "is_whole_function",
+    "keep_whole",
+    "parameter_inputs",
+    "pass_through",
     "reset_graph_breaks",
     "source_of",
     "storage_users",

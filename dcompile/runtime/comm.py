@@ -21,6 +21,7 @@ import torch.distributed as dist
 from dcompile.errors import CompilerBug, DCompileError, DeadlineExceeded, Unsupported
 from dcompile.runtime import flat as fl
 from dcompile.runtime.board import Board, Lookout, board
+from dcompile.runtime.duty import Duty, duty_named
 from dcompile.runtime.flights import FLIGHTS, Flight, Place
 from dcompile.runtime.kinds import LAUNCHES, Launched, Request, Splits
 from dcompile.runtime.last_words import end_with
@@ -86,12 +87,13 @@ class Communicator(Protocol):
 
 @dataclass(frozen=True)
 class Team:
-    """The processes behind a group label, as this rank sees them."""
+    """The processes behind a group label, as this rank sees them; ``duty``: whether they communicate at all."""
 
     label: str
     process_group: dist.ProcessGroup
     rank: int
     size: int
+    duty: Duty | None = None
 
     @cached_property
     def place(self) -> Place:
@@ -111,6 +113,8 @@ def find_group(name: Any) -> dist.ProcessGroup:
     """
     if isinstance(name, dist.ProcessGroup):
         return name
+    if (duty := duty_named(name)) is not None:
+        return duty.group
     world = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
     if world is not None and world.group_name == str(name):
         return world
@@ -149,7 +153,7 @@ class TorchComm:
         self.teams: dict[str, Team] = {}
         for label, name in groups.items():
             group = find_group(name)
-            self.teams[label] = Team(label, group, dist.get_rank(group), dist.get_world_size(group))
+            self.teams[label] = Team(label, group, dist.get_rank(group), dist.get_world_size(group), duty_named(name))
         self._torn: set[int] = set()  # threads whose last start failed half way
 
     def start(
@@ -185,6 +189,11 @@ class TorchComm:
         if launch is None:
             raise CompilerBug(f"{name}: no collective is called {kind!r}")
         handle = Handle(name, group)
+        if team.duty is not None:
+            team.duty.launched = not team.duty.alone
+            if team.duty.alone:
+                _keep_own(sources, results, team.size)
+                return handle
         handle.keep = (sources, results)
         handle.on_cuda = any(t.is_cuda for t in sources)
         request = Request(team.process_group, team.rank, team.size, reduction, root, in_place, splits)
@@ -286,6 +295,12 @@ class TorchComm:
         if handle.flight is not None:
             FLIGHTS.end(handle.flight, failed=True)
         return end_with(error, self.flight_dir)
+
+
+def _keep_own(sources: Sequence[torch.Tensor], results: Sequence[torch.Tensor], ranks: int) -> None:
+    """Instead of the sum of shares that were scaled by ``1 / ranks``: this rank's own, unscaled."""
+    for source, result in zip(sources, results, strict=True):
+        torch.mul(source, ranks, out=result)
 
 
 def _wait_on_host(work: Any, until: float, lookout: Lookout) -> None:
