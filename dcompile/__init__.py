@@ -3,11 +3,11 @@
     model = dcompile.data_parallel(model)
     step = torch.compile(model, backend="dcompile")
 
-Public names: ``compile``, ``Options``, ``data_parallel``, ``fully_sharded``, ``explain``, ``counters``,
+Public names: ``compile``, ``calibrate``, ``Options``, ``data_parallel``, ``fully_sharded``, ``explain``, ``counters``,
 ``reset_counters``, ``communication_summary``.
 """
 
-from dcompile.backend import compile, counters, dcompile, reset_counters
+from dcompile.backend import calibrate, compile, counters, dcompile, reset_counters
 from dcompile.explanation import CommunicationSummary, Explanation, communication_summary, explain
 from dcompile.options import Options
 from dcompile.parallel import data_parallel
@@ -19,6 +19,7 @@ __all__ = [
     "CommunicationSummary",
     "Explanation",
     "Options",
+    "calibrate",
     "communication_summary",
     "compile",
     "counters",

@@ -9,11 +9,13 @@ from typing import Any, TypeVar
 import torch
 from torch import fx
 
+from dcompile.analyse.calibration import Calibration
 from dcompile.capture import Captured, capture, graph_breaks, keep_whole, reset_graph_breaks, storage_users
 from dcompile.counters import TALLY, Counters
 from dcompile.ddp import average_in_graph
 from dcompile.options import Options
 from dcompile.pipeline import Built, compile_graph
+from dcompile.runtime.calibrate import calibrate as measure_prices
 from dcompile.runtime.compiled import Graphing
 from dcompile.sharded import fully_sharded, is_fully_sharded
 
@@ -91,6 +93,21 @@ def compile(function: F, *, dynamic: bool | None = None, fullgraph: bool = False
     if isinstance(function, torch.nn.Module) and is_fully_sharded(function):
         function = fully_sharded(function)  # type: ignore[assignment]
     return torch.compile(function, dynamic=dynamic, fullgraph=fullgraph, backend=backend(chosen))  # type: ignore[return-value]
+
+
+def calibrate(process_group: Any = None) -> Calibration:
+    """Measure collectives and compute on this machine, or load what was measured: programs compiled afterwards are
+    scheduled by these prices instead of documented ones. Takes some seconds; every rank of the group must call it.
+
+    Args:
+        process_group: the ranks to measure; None for all.
+
+    Raises:
+        DCompileError: there is no process group, or it has one rank.
+        DeadlineExceeded: naming the ranks that did not come within ``Options.deadline_s``.
+    """
+    options = Options.from_env({})
+    return measure_prices(process_group, options.cache_dir, options.deadline_s)
 
 
 def counters() -> Counters:

@@ -17,6 +17,7 @@ import torch
 from torch import fx
 
 from dcompile.analyse.alias import storage_roots
+from dcompile.analyse.calibration import calibrated
 from dcompile.analyse.context import Context
 from dcompile.analyse.cost import CostModel
 from dcompile.analyse.verify import verify
@@ -38,6 +39,7 @@ from dcompile.options import Options, process_rank
 from dcompile.plan import Plan
 from dcompile.runtime.board import compiling
 from dcompile.runtime.cache import Cache, cache_key
+from dcompile.runtime.calibrate import calibration_of
 from dcompile.runtime.comm import group_size
 from dcompile.runtime.compiled import (
     VANISHED,
@@ -332,9 +334,16 @@ def _cached(cache: Cache, key: str) -> Loaded | None:
 
 
 def _context(lowered: Lowered, options: Options) -> Context:
-    groups = [node.group.size for node in lowered.graph.nodes if isinstance(node, Start)]
+    return Context(options, _costs(lowered))
+
+
+def _costs(lowered: Lowered) -> CostModel:
+    """Documented prices, or measured ones of the groups that were calibrated."""
+    starts = [node for node in lowered.graph.nodes if isinstance(node, Start)]
     device = "cuda" if "cuda" in _devices(lowered.graph) else "cpu"
-    return Context(options, CostModel.analytical(device, max(groups, default=1)))
+    costs = CostModel.analytical(device, max((start.group.size for start in starts), default=1))
+    measured = {start.group.label: calibration_of(lowered.group_names[start.group.label]) for start in starts}
+    return calibrated(costs, device, {label: found for label, found in measured.items() if found is not None})
 
 
 def _key(lowered: Lowered, options: Options) -> str:
@@ -342,6 +351,7 @@ def _key(lowered: Lowered, options: Options) -> str:
     return cache_key(
         print_graph(lowered.graph),
         options.affects_code(),
+        repr(_costs(lowered)),
         options.timeline,
         own_sources(),
         torch.__version__,

@@ -176,6 +176,19 @@ def _nobody(_: Board) -> Notice:
     raise CompilerBug("there is no board to post on")
 
 
+def exchange(team: Team, deadline_s: float, key: str) -> _Exchange:
+    """A conversation of all ranks of ``team`` through its store, with one deadline.
+
+    Args:
+        key: ``topic/number``; the number is unique to this conversation in the group and the same on all ranks.
+    """
+    store = own_connection(group_store(team.process_group), deadline_s)
+    topic, _, number = key.rpartition("/")
+    until = time.monotonic() + deadline_s
+    key = f"{topic}/{topic}{number}"
+    return _Exchange(store, team.rank, team.size, until, deadline_s, key, Lookout(None, _nobody))
+
+
 FIRST_POLL_S, LONGEST_POLL_S = 0.001, 0.1
 """Between two questions to the store: short for ranks that come together, seldom for those that wait for a compile."""
 

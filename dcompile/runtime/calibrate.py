@@ -1,0 +1,243 @@
+"""Prices measured on this machine: how long collectives take, how much they slow compute beside them, how fast it is.
+
+Every rank of a group takes part. What they measured travels through the group's store, each number becomes the median
+over the ranks, so all ranks go on with the same prices; a rank that does not come is named after the deadline. Results
+are kept on disk under what they depend on: hosts, backend, number of ranks, device, threads and versions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import socket
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from dcompile.analyse.calibration import Calibration
+from dcompile.collectives.nodes import Kind
+from dcompile.errors import DCompileError
+from dcompile.runtime.agree import exchange
+from dcompile.runtime.board import at_new_world
+from dcompile.runtime.comm import Team, find_group
+
+SIZES = (4 << 10, 32 << 10, 256 << 10, 1 << 20, 4 << 20, 16 << 20)
+"""Payload bytes measured; between them time is taken to be linear. The largest is as long as buckets get on slow links
+before their latency no longer matters."""
+
+ROUNDS, SECONDS = 9, 6.0
+"""Each size is measured this often, in turns, so that a disturbance does not meet all repeats of one size; less often
+once so much time has passed on every rank."""
+
+CONTENTION_BYTES = 4 << 20
+"""The all-reduce run beside matrix products: a bucket of middle size."""
+
+_numbers: Counter[str] = Counter()
+_known: dict[str, Calibration] = {}
+
+
+@at_new_world
+def forget() -> None:
+    """A new world counts its calibrations anew, and may lie on other links."""
+    _numbers.clear()
+    _known.clear()
+
+
+def calibration_of(name: Any) -> Calibration | None:
+    """What ``calibrate`` has found in this process for the group called ``name``; None if it was not called."""
+    return _known.get(str(find_group(name).group_name)) if _known else None
+
+
+def calibrate(group: dist.ProcessGroup | None, folder: Path | None, deadline_s: float) -> Calibration:
+    """Measure ``group``, or load what was measured before; called by all its ranks.
+
+    Args:
+        group: None for all ranks.
+        folder: where results are kept; None to keep none.
+
+    Raises:
+        DCompileError: there is nothing to measure on the group's device.
+        DeadlineExceeded: naming the ranks that did not come.
+    """
+    if group is None:
+        if not dist.is_initialized():
+            raise DCompileError("calibrate needs a process group: call torch.distributed.init_process_group first")
+        group = dist.group.WORLD
+    assert group is not None, "an initialised torch.distributed has a default group"
+    team = Team("calibration", group, dist.get_rank(group), dist.get_world_size(group))
+    device = torch.device("cuda", torch.cuda.current_device()) if _on_cuda(group) else torch.device("cpu")
+    name = str(group.group_name)
+    _numbers[name] += 1
+    talk = exchange(team, deadline_s, f"calibration/{_numbers[name]}")
+    hosts = talk.all("host", socket.gethostname())
+    path = _path(folder, group, hosts, device)
+    stored = talk.all("stored", path.read_text() if path is not None and path.exists() else "")
+    if stored[0]:  # the first rank's counts, so that all have the same though they share no disk
+        found = Calibration.from_json(stored[0])
+    else:
+        mine = _measure(team, device, lambda key, value: talk.all(key, value))
+        found = _median([Calibration.from_json(text) for text in talk.all("measured", mine.to_json())])
+        if path is not None and (team.rank == 0 or not path.exists()):
+            _write(path, found.to_json())
+    _known[name] = found
+    return found
+
+
+def undisturbed(times: list[float]) -> float:
+    """The lower quartile: what else runs on the machine only ever adds."""
+    return sorted(times)[len(times) // 4]
+
+
+def _on_cuda(group: dist.ProcessGroup) -> bool:
+    return "nccl" in str(dist.get_backend(group)) and torch.cuda.is_available()
+
+
+def _path(folder: Path | None, group: dist.ProcessGroup, hosts: list[str], device: torch.device) -> Path | None:
+    if folder is None:
+        return None
+    model = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    facts = [hosts, str(dist.get_backend_config(group)), model, torch.get_num_threads(), torch.__version__]
+    facts += [os.environ.get(name, "") for name in ("GLOO_SOCKET_IFNAME", "NCCL_P2P_DISABLE", "NCCL_SOCKET_IFNAME")]
+    return folder / "links" / f"{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]}.json"
+
+
+def _write(path: Path, text: str) -> None:
+    """Whole or not at all, however many ranks write."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}")
+    partial.write_text(text)
+    partial.replace(path)
+
+
+def _measure(team: Team, device: torch.device, agree: Callable[[str, str], list[str]]) -> Calibration:
+    if team.size < 2:
+        raise DCompileError("a group of one rank has no links to calibrate")
+    runs = {(kind, size): _prepared(kind, size, team, device) for kind in KINDS for size in SIZES}
+    times: dict[tuple[Kind, int], list[float]] = {key: [] for key in runs}
+    began = time.perf_counter()
+    for number in range(ROUNDS):
+        for key, run in runs.items():
+            times[key].append(_timed_us(run, device))
+        late = agree(f"round{number}", str(time.perf_counter() - began > SECONDS))
+        if number >= 2 and "True" in late:
+            break
+    points = {key: undisturbed(found[1:]) for key, found in times.items()}  # the first round opens connections
+    curves = {kind: tuple((size, points[kind, size]) for size in SIZES) for kind in KINDS}
+    return Calibration(
+        ranks=team.size,
+        curves=curves,
+        contention=_contention(team, device, points[Kind.ALL_REDUCE, CONTENTION_BYTES]),
+        matmul_flops_per_us=_matmul_flops_per_us(device),
+        bytes_per_us=_bytes_per_us(device),
+    )
+
+
+def _prepared(kind: Kind, nbytes: int, team: Team, device: torch.device) -> Callable[[], Any]:
+    """One collective of ``nbytes`` payload, as a function that launches it and gives its work."""
+    count = nbytes // 4 // team.size * team.size
+    whole, part = torch.zeros(count, device=device), torch.zeros(count // team.size, device=device)
+    other = torch.zeros(count, device=device)
+    group = team.process_group
+    root = dist.get_global_rank(group, 0)
+    launches: dict[Kind, Callable[[], Any]] = {
+        Kind.ALL_REDUCE: lambda: dist.all_reduce(whole, group=group, async_op=True),
+        Kind.ALL_GATHER: lambda: dist.all_gather_into_tensor(whole, part, group=group, async_op=True),
+        Kind.REDUCE_SCATTER: lambda: dist.reduce_scatter_tensor(part, whole, group=group, async_op=True),
+        Kind.BROADCAST: lambda: dist.broadcast(whole, root, group=group, async_op=True),
+        Kind.ALL_TO_ALL: lambda: dist.all_to_all_single(other, whole, group=group, async_op=True),
+    }
+    return launches[kind]
+
+
+KINDS = (Kind.ALL_REDUCE, Kind.ALL_GATHER, Kind.REDUCE_SCATTER, Kind.BROADCAST, Kind.ALL_TO_ALL)
+
+
+def _timed_us(run: Callable[[], Any], device: torch.device) -> float:
+    """Microseconds from launch to completion."""
+    _settle(device)
+    began = time.perf_counter()
+    run().wait()
+    _settle(device)
+    return (time.perf_counter() - began) * 1e6
+
+
+def _settle(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _contention(team: Team, device: torch.device, transfer_us: float) -> float:
+    """Time an all-reduce adds to matrix products that last four times as long, as a share of its own time."""
+    side = 2048 if device.type == "cuda" else 256
+    a, b = torch.zeros(side, side, device=device), torch.zeros(side, side, device=device)
+    out = torch.zeros(side, side, device=device)
+    once_us = statistics.median(_timed_us(lambda: _Done(torch.mm(a, b, out=out)), device) for _ in range(7))
+    count = max(1, round(4 * transfer_us / once_us))
+    launch = _prepared(Kind.ALL_REDUCE, CONTENTION_BYTES, team, device)
+
+    def compute() -> None:
+        for _ in range(count):
+            torch.mm(a, b, out=out)
+
+    def alone() -> Any:
+        compute()
+        return _Done(out)
+
+    def beside() -> Any:
+        work = launch()
+        compute()
+        return work
+
+    pairs = [(_timed_us(alone, device), _timed_us(beside, device)) for _ in range(5)]
+    added = statistics.median(with_it - without for without, with_it in pairs[1:])
+    return min(max(added / transfer_us, 0.0), 1.0)
+
+
+class _Done:
+    """What has been computed already, where a work is expected."""
+
+    def __init__(self, _: torch.Tensor) -> None:
+        pass
+
+    def wait(self) -> None:
+        """There is nothing to wait for."""
+
+
+def _matmul_flops_per_us(device: torch.device) -> float:
+    side = 4096 if device.type == "cuda" else 512
+    a, b = torch.zeros(side, side, device=device), torch.zeros(side, side, device=device)
+    return 2 * side**3 / min(_timed_us(lambda: _Done(torch.mm(a, b)), device) for _ in range(7))
+
+
+def _bytes_per_us(device: torch.device) -> float:
+    """Bytes read and written a microsecond by a copy that fits no cache."""
+    nbytes = 64 << 20
+    a = torch.zeros(nbytes // 4, device=device)
+    b = torch.zeros_like(a)
+    return 2 * nbytes / min(_timed_us(lambda: _Done(b.copy_(a)), device) for _ in range(4))
+
+
+def _median(found: list[Calibration]) -> Calibration:
+    """Number by number over the ranks; sorted first, so that every rank gets the same bits."""
+
+    def middle(values: list[float]) -> float:
+        return statistics.median(sorted(values))
+
+    return Calibration(
+        ranks=found[0].ranks,
+        curves={
+            kind: tuple((size, middle([dict(one.curves[kind])[size] for one in found])) for size in SIZES)
+            for kind in KINDS
+        },
+        contention=middle([one.contention for one in found]),
+        matmul_flops_per_us=middle([one.matmul_flops_per_us for one in found]),
+        bytes_per_us=middle([one.bytes_per_us for one in found]),
+    )
