@@ -100,6 +100,22 @@ def lower(
     return _Walker(gm, eager_ops, group_size).run(name)
 
 
+def checked(op: str, found: Any) -> Any:
+    """What the rule of ``op`` returned: tensors, numbers, views in flight, None, and lists, tuples or dicts of these.
+
+    Raises:
+        CompilerBug: anything else, by the name of its type.
+    """
+    if isinstance(found, list | tuple):
+        for item in found:
+            checked(op, item)
+    elif isinstance(found, dict):
+        checked(op, tuple(found.values()))
+    elif not (found is None or isinstance(found, Value | InFlight | ViewInFlight | bool | int | float | sympy.Basic)):
+        raise CompilerBug(f"the lowering rule of {op} returned a {type(found).__name__}")
+    return found
+
+
 class _Walker:
     def __init__(self, gm: fx.GraphModule, eager_ops: frozenset[str], group_size: Callable[[Any], int]) -> None:
         self.gm = gm
@@ -380,7 +396,7 @@ class _Walker:
         if rule is not None and self.allows(rule, args, kwargs):
             mark = len(lowering.nodes)
             try:
-                return rule.apply(lowering, *args, **kwargs)
+                return checked(op, rule.apply(lowering, *args, **kwargs))
             except NoRule:
                 del lowering.nodes[mark:]
         kept = op in self.eager_ops or op.split(".")[1] in self.eager_ops

@@ -18,6 +18,7 @@ from dcompile.ir.kernel import Accumulator, Fold, Kernel, Let, Nest, Role, Scrat
 from dcompile.ir.nodes import Axis, Reduction, Store
 from dcompile.ir.types import Origin, Size, Value
 from dcompile.schedule.loops import Domain, Placed, coefficient, index_parts
+from dcompile.schedule.tile import tiled
 from dcompile.schedule.unroll import Values, at_position, inner_positions, left_fold, unrollable
 
 PARALLEL_WORK = 32768
@@ -194,7 +195,8 @@ class _Emitter:
         axes = self.group.domain.outer_axes
         if not axes:
             return (*lets, *writes)
-        return (Nest(axes, self._flat_roles(axes, writes), (*lets, *writes)),)
+        nest = Nest(axes, self._flat_roles(axes, writes), (*lets, *writes))
+        return (tiled(nest) if all(w.mode == "set" and not w.bind for w in writes) else nest,)
 
     def _flat_roles(self, axes: tuple[Axis, ...], writes: tuple[Write, ...]) -> tuple[Role, ...]:
         """Accumulating writes run in order (so sums do not depend on thread timing), with lanes only where the lanes
