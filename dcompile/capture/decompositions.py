@@ -83,7 +83,6 @@ BROKEN_UP: dict[str, str] = {
     "dist": "a difference and a norm",
     "ldexp": "pointwise",
     "exponential": "pointwise work on uniform numbers",
-    "geometric": "pointwise work on uniform numbers",
     "cauchy": "pointwise work on uniform numbers",
     "log_normal": "pointwise work on normal numbers",
     "rrelu_with_noise_backward": "pointwise",

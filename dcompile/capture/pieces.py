@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -49,6 +50,7 @@ def random_pieces() -> dict[Any, Callable[..., Any]]:
         aten.randint_like.default: lambda x, high, **options: _randint_like(x, 0, high, **options),
         aten.randint_like.low_dtype: _randint_like,
         aten.uniform.default: _uniform,
+        aten.geometric.default: _geometric,
         aten.normal_functional.default: _normal,
         aten.normal.float_float: _normal_of_size,
         aten.normal.Tensor_Tensor: _normal_of_tensors,
@@ -103,6 +105,13 @@ def _normal_of_tensors(mean: Any = 0.0, std: Any = 1.0, *, generator: Any = None
 
 def _uniform(x: Tensor, low: float = 0.0, high: float = 1.0, *, generator: Any = None) -> Any:
     return NotImplemented if generator is not None else torch.rand_like(x) * (high - low) + low
+
+
+def _geometric(x: Tensor, p: float, *, generator: Any = None) -> Any:
+    if generator is not None or not 0 < p < 1:
+        return NotImplemented
+    uniform = torch.rand_like(x, dtype=x.dtype if x.dtype.is_floating_point else torch.float32)
+    return ((-uniform).log1p() / math.log1p(-p)).floor().add(1).to(x.dtype)
 
 
 def _rrelu(

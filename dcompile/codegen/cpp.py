@@ -83,7 +83,15 @@ def print_cpp(graph: Graph) -> CppModule:
         texts.append(_function(names[key], form, values, origins))
         signatures[names[key]] = Signature(len(form.buffers), len(form.symbols))
     calls = {at: KernelCall(names[key], form.buffers, form.symbols) for at, (key, form) in uses.items()}
+    if any("dc::special_" in text for text in texts):
+        texts.insert(1, special_functions())
     return CppModule("\n".join(texts), calls, signatures)
+
+
+@lru_cache(maxsize=1)
+def special_functions() -> str:
+    """What follows ``prelude`` where a kernel calls a special function."""
+    return files("dcompile.codegen").joinpath("prelude_special.h").read_text()
 
 
 @lru_cache(maxsize=1)

@@ -32,6 +32,22 @@ class OpInfo:
 _HEAVY = 12  # polynomial transcendental: about a dozen fused multiply-adds per element
 _VERY_HEAVY = 30
 
+SPECIAL_UNARY = tuple(
+    f"special_{name}"
+    for name in (
+        "i0", "i1", "i0e", "i1e", "k0", "k1", "k0e", "k1e", "bessel_j0", "bessel_j1", "bessel_y0", "bessel_y1",
+        "spherical_j0", "airy_ai", "erfcx", "ndtri", "erfinv", "digamma", "mantissa", "exponent",
+    )
+)  # fmt: skip
+SPECIAL_BINARY = tuple(
+    f"special_{name}"
+    for name in (
+        "zeta", "polygamma", "chebyshev_t", "chebyshev_u", "chebyshev_v", "chebyshev_w", "shifted_t", "shifted_u",
+        "shifted_v", "shifted_w", "hermite_h", "hermite_he", "laguerre", "legendre", "hypot", "nextafter",
+    )
+)  # fmt: skip
+"""Functions of floats; ``polygamma`` takes its order first, the polynomials last, both as whole floats."""
+
 OPS: dict[str, OpInfo] = {
     # arithmetic
     "add": OpInfo(2),
@@ -108,6 +124,9 @@ OPS: dict[str, OpInfo] = {
     # counter-based random numbers: (i64 seed, i64 offset) -> f32, Philox 4x32 with 10 rounds (Salmon et al., SC 2011)
     "rand": OpInfo(2, Result.GIVEN, flops=_VERY_HEAVY),  # uniform in [0, 1)
     "randn": OpInfo(2, Result.GIVEN, flops=2 * _VERY_HEAVY),  # standard normal
+    # special functions: only the C++ printer knows them
+    **{name: OpInfo(1, flops=_VERY_HEAVY) for name in SPECIAL_UNARY},
+    **{name: OpInfo(2, flops=_VERY_HEAVY) for name in SPECIAL_BINARY},
     # data-dependent position: (i64 position, i64 size) -> i64; negative wraps once, out of range is reported
     "wrap_index": OpInfo(2, flops=3),
 }

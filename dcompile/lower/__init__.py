@@ -20,6 +20,7 @@ from dcompile.lower import (
     reduction,
     scan,
     scatter,
+    special,
     storage,
     view,
 )
@@ -46,6 +47,7 @@ FAMILIES = (
     matmul,
     norm,
     pooling,
+    special,
     collective,
 )
 """The files that hold rules; importing them fills ``RULES``."""

@@ -114,13 +114,6 @@ def classify(b: Lowering, x: Value) -> Value:
     return elementwise(b, test, x, dtype=x.dtype)
 
 
-@rule("signbit")
-def signbit(b: Lowering, x: Value) -> Value:
-    if x.dtype.is_float:
-        raise NoRule  # minus zero
-    return elementwise(b, lambda v: op("lt", v, literal(v, 0)), x, dtype=x.dtype)
-
-
 # arithmetic ----------------------------------------------------------------------------------------------------------
 
 
@@ -375,14 +368,6 @@ def clamp_min(b: Lowering, x: Any, low: Any) -> Value:
 @rule("clamp_max", "clamp_max.Tensor")
 def clamp_max(b: Lowering, x: Any, high: Any) -> Value:
     return elementwise(b, lambda v, w: op("minimum", v, w), x, high)
-
-
-@rule("copysign.Tensor", "copysign.Scalar")
-def copysign(b: Lowering, x: Any, y: Any) -> Value:
-    if isinstance(y, Value):
-        raise NoRule  # minus zero
-    sign = math.copysign(1.0, _number(y))
-    return elementwise(b, lambda v: op("mul", op("abs", v), literal(v, sign)), x)
 
 
 @rule("xlogy.Tensor", "xlogy.Scalar_Other", "xlogy.Scalar_Self")

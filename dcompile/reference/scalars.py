@@ -120,6 +120,28 @@ FUNCTIONS: dict[str, Callable[..., Tensor]] = {
 }  # fmt: skip
 """The torch function of each op; ``to`` and ``bitcast``, which need their result dtype, are in ``apply``."""
 
+_SPECIAL = {
+    "i0": torch.special.i0, "i1": torch.special.i1, "i0e": torch.special.i0e, "i1e": torch.special.i1e,
+    "k0": torch.special.modified_bessel_k0, "k1": torch.special.modified_bessel_k1,
+    "k0e": torch.special.scaled_modified_bessel_k0, "k1e": torch.special.scaled_modified_bessel_k1,
+    "bessel_j0": torch.special.bessel_j0, "bessel_j1": torch.special.bessel_j1,
+    "bessel_y0": torch.special.bessel_y0, "bessel_y1": torch.special.bessel_y1,
+    "spherical_j0": torch.special.spherical_bessel_j0, "airy_ai": torch.special.airy_ai,
+    "erfcx": torch.special.erfcx, "ndtri": torch.special.ndtri, "erfinv": torch.special.erfinv,
+    "digamma": torch.special.digamma, "zeta": torch.special.zeta, "hypot": torch.hypot, "nextafter": torch.nextafter,
+    "mantissa": lambda x: torch.frexp(x)[0], "exponent": lambda x: torch.frexp(x)[1].to(x.dtype),
+    "polygamma": lambda n, x: torch.special.polygamma(int(n.flatten()[0]), x),
+    "chebyshev_t": torch.special.chebyshev_polynomial_t, "chebyshev_u": torch.special.chebyshev_polynomial_u,
+    "chebyshev_v": torch.special.chebyshev_polynomial_v, "chebyshev_w": torch.special.chebyshev_polynomial_w,
+    "shifted_t": torch.special.shifted_chebyshev_polynomial_t,
+    "shifted_u": torch.special.shifted_chebyshev_polynomial_u,
+    "shifted_v": torch.special.shifted_chebyshev_polynomial_v,
+    "shifted_w": torch.special.shifted_chebyshev_polynomial_w,
+    "hermite_h": torch.special.hermite_polynomial_h, "hermite_he": torch.special.hermite_polynomial_he,
+    "laguerre": torch.special.laguerre_polynomial_l, "legendre": torch.special.legendre_polynomial_p,
+}  # fmt: skip
+FUNCTIONS.update({f"special_{name}": function for name, function in _SPECIAL.items()})
+
 DIVISIONS = frozenset({"floordiv", "truncdiv", "mod", "fmod"})
 
 

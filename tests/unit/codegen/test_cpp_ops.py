@@ -7,7 +7,7 @@ import torch
 
 from dcompile.ir import expr as ex
 from dcompile.ir.kernel import Kernel
-from dcompile.ir.ops import OPS
+from dcompile.ir.ops import OPS, SPECIAL_BINARY, SPECIAL_UNARY
 from dcompile.ir.types import DType
 from dcompile.reference import run_reference
 from tests.unit.codegen.kernels import BF16, BOOL, F16, F32, F64, I0, I64, kernel_graph, pointwise, run, value
@@ -18,7 +18,7 @@ FLOAT_ONLY = {"div", "pow", "reciprocal", "fma", "sqrt", "rsqrt"}
 FLOAT_ONLY |= {name for name, row in OPS.items() if row.flops >= 12}
 FLOAT_ONLY -= {"rand", "randn"}
 INT_ONLY = {"and", "or", "xor", "not", "shl", "shr"}
-OTHER = {"to", "bitcast", "rand", "randn", "wrap_index", "where"}
+OTHER = {"to", "bitcast", "rand", "randn", "wrap_index", "where", *SPECIAL_UNARY, *SPECIAL_BINARY}
 NARROW_INTS = (DType.I32, DType.I16, DType.I8, DType.U8)
 
 

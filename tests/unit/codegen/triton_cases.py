@@ -18,7 +18,7 @@ from dcompile.ir.graph import Graph, SizeInput
 from dcompile.ir.index import Mod, as_expr, symbol
 from dcompile.ir.kernel import Accumulator, Fold, Kernel, Nest, Write
 from dcompile.ir.nodes import Ref
-from dcompile.ir.ops import OPS
+from dcompile.ir.ops import OPS, SPECIAL_BINARY, SPECIAL_UNARY
 from dcompile.ir.types import DType, Value
 from dcompile.schedule.batch import batch_kernels
 from dcompile.schedule.fuse import fuse
@@ -46,7 +46,7 @@ from tests.unit.schedule.passes import context
 N = 257
 SPECIAL = [0.0, -0.0, float("inf"), float("-inf"), float("nan"), 1.0, -1.0, 0.5, -2.5, 3.5, 1e30]
 FLOAT_ONLY = {"div", "pow", "reciprocal", "fma", "sqrt", "rsqrt"} | {n for n, row in OPS.items() if row.flops >= 12}
-OTHER = {"to", "bitcast", "rand", "randn", "wrap_index", "where"}
+OTHER = {"to", "bitcast", "rand", "randn", "wrap_index", "where", *SPECIAL_UNARY, *SPECIAL_BINARY}
 INT_ONLY = {"and", "or", "xor", "not", "shl", "shr"}
 INTS = (I64, DType.I32, DType.I16, DType.I8, DType.U8)
 
