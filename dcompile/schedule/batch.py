@@ -97,36 +97,42 @@ class _Batches:
 
     def __init__(self, graph: Graph, members: set[int]) -> None:
         self.graph = graph
-        before = predecessors(graph)
-        self.readers = _readers(graph, before)
-        self.before = before
-        end = len(graph.nodes)
-        self.low = {n: max(before[n], default=-1) + 1 for n in members}
-        self.high = {n: min(self.readers[n], default=end) for n in members}
+        self.before = predecessors(graph)
+        self.readers = _readers(graph, self.before)
+        self.end = len(graph.nodes)
         self.work = {n: work(graph.nodes[n], graph).nbytes for n in members}
-        self.queue = sorted(members, key=lambda n: (self.high[n], n))
-        self.taken: set[int] = set()
+        self.placed: dict[int, int] = {}
+        self.queue = sorted(members, key=lambda n: (self._window(n)[1], n))
 
     def find(self) -> list[_Batch]:
         found: list[_Batch] = []
         for at, first in enumerate(self.queue):
-            if first in self.taken or self._beside_taken(first):
+            low, high = self._window(first)
+            if first in self.placed or low > high:
                 continue
-            batch = _Batch([first], self.low[first], self.high[first], self.work[first])
+            batch = _Batch([first], low, high, self.work[first])
             self._enter(batch, first)
             for other in self.queue[at + 1 :]:
                 if len(batch.positions) == MOST_MEMBERS:
                     break
-                if other not in self.taken and not self._beside_taken(other) and self._fits(batch, other):
+                if other not in self.placed and self._fits(batch, other):
+                    low, high = self._window(other)
                     batch.positions.append(other)
-                    batch.low, batch.high = max(batch.low, self.low[other]), min(batch.high, self.high[other])
+                    batch.low, batch.high = max(batch.low, low), min(batch.high, high)
                     batch.nbytes += self.work[other]
                     self._enter(batch, other)
             if len(batch.positions) > 1:
                 batch.positions.sort()
-                self.taken.update(batch.positions)
+                self.placed.update(dict.fromkeys(batch.positions, batch.place))
                 found.append(batch)
         return found
+
+    def _window(self, position: int) -> tuple[int, int]:
+        """The first and last node it may stand in front of, given where batches stand that it needs or that need it."""
+        placed = self.placed
+        low = max((placed.get(p, p) + 1 for p in self.before[position]), default=0)
+        high = min((placed[r] - 1 if r in placed else r for r in self.readers[position]), default=self.end)
+        return low, high
 
     def _enter(self, batch: _Batch, position: int) -> None:
         node = self.graph.nodes[position]
@@ -137,12 +143,9 @@ class _Batches:
         node = self.graph.nodes[position]
         return {*node.operands, *(item.name for item in node.defs)}
 
-    def _beside_taken(self, position: int) -> bool:
-        """A neighbour has been moved, so that the window is no longer what it was."""
-        return bool(self.taken & (self.before[position] | self.readers[position]))
-
     def _fits(self, batch: _Batch, other: int) -> bool:
-        if max(batch.low, self.low[other]) > min(batch.high, self.high[other]):
+        low, high = self._window(other)
+        if max(batch.low, low) > min(batch.high, high):
             return False
         if batch.nbytes + self.work[other] > BATCH_BYTES or len(batch.buffers | self._touched(other)) > MOST_BUFFERS:
             return False

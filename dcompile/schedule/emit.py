@@ -33,6 +33,11 @@ RECOMPUTE_FLOPS = 4
 first-level cache."""
 
 
+GPU_RECOMPUTE_FLOPS = 64
+"""The same on a GPU for rows too long for scratch, which would go through memory: arithmetic of 30 to 60 operations
+takes an H100 as long as storing an f32 and loading it again."""
+
+
 @dataclass(frozen=True)
 class Member:
     """One loop in a group. ``spread`` is ``"fold"``, ``"row"`` or ``"outer"``."""
@@ -143,12 +148,21 @@ class _Emitter:
                 continue
             feeds = [s for s in self._sources(member) if s.spread == "row"]
             small = isinstance(inner_size, int) and inner_size * member.out.dtype.itemsize <= SCRATCH_BYTES
-            if ex.flops(member.placed.expr) <= RECOMPUTE_FLOPS and not feeds:
+            cheap = ex.flops(member.placed.expr) <= RECOMPUTE_FLOPS
+            if not feeds and (cheap or (not small and self._cheaper_again(member))):
                 self.recomputed.add(member.name)
             elif small and isinstance(inner_size, int):
                 self.scratch[member.name] = Scratch(f"{member.name}_row", member.out.dtype, inner_size)
             else:
                 self.stored.add(member.name)
+
+    def _cheaper_again(self, member: Member) -> bool:
+        """Whether a GPU evaluates a long row again faster than it stores and loads it."""
+        if member.out.device != "cuda" or ex.flops(member.placed.expr) > GPU_RECOMPUTE_FLOPS:
+            return False
+        inner = {var for var, _ in self.group.domain.inner_axes}
+        loaded = {(load.buffer, load.index): load for load in member.loads() if inner & _variables(load)}
+        return sum(load.dtype.itemsize for load in loaded.values()) <= 2 * member.out.dtype.itemsize
 
     def _body(self, member: Member, number: int) -> ex.Expr:
         return self._local(member.placed.expr, number)
@@ -358,6 +372,12 @@ class _Emitter:
                 if any(load.buffer == member.name for load in user.loads()):
                     last = max(last, self._last_pass(user))
         return last
+
+
+def _variables(load: ex.Load) -> set[sympy.Symbol]:
+    return {symbol for index in load.index for symbol in index.free_symbols} | {
+        symbol for b in load.bind for inner in ex.loads(b) for symbol in _variables(inner)
+    }
 
 
 def _typed(body: ex.Expr, out: Value) -> ex.Expr:

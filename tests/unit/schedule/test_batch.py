@@ -101,3 +101,15 @@ graph f(g: bf16[4, 6]@cuda, x: bf16[4, 5]@cuda, w: bf16[6, 6]@cuda) {
   return %dw32, %db, %g3
 }""")
     assert [type(node).__name__ for node in after.nodes] == ["View", "Extern", "Extern", "Kernel", "Extern"]
+
+
+def test_second_stages_of_batched_first_stages_come_together_too() -> None:
+    _, after = batched("""
+graph f(x: f32[8, 6]@cuda, y: f32[8, 5]@cuda) {
+  a: f32[2, 6]@cuda = reduce sum (i0: 2, i1: 6; r0: 4) x[4*i0 + r0, i1]
+  b: f32[2, 5]@cuda = reduce sum (i0: 2, i1: 5; r0: 4) y[4*i0 + r0, i1]
+  c: f32[6]@cuda = reduce sum (i0: 6; r0: 2) a[r0, i0]
+  d: f32[5]@cuda = reduce sum (i0: 5; r0: 2) b[r0, i0]
+  return %c, %d
+}""")
+    assert sizes(after) == [2, 2]
