@@ -123,10 +123,11 @@ def _function(
     """One function with the comment above it."""
     shape = shape_of(form.kernel)
     dtypes, sizes = _parameters(form, values)
-    printer = KernelPrinter(shape, launch, dtypes, sizes, frozenset(out.name for out in form.kernel.outs))
+    printer = KernelPrinter(shape, launch, dtypes, sizes, frozenset(out.name for out in form.kernel.outs), name)
     body = printer.print()
     parameters = [*dtypes, *sizes.values(), "fault", "X: tl.constexpr", "R: tl.constexpr"]
-    lines = [*_comment(origins), "@triton.jit", f"def {name}({', '.join(parameters)}):", *body, ""]
+    head = f"def {name}({', '.join(parameters)}):"
+    lines = [*printer.helpers, *_comment(origins), "@triton.jit", head, *body, ""]
     return "\n".join(lines), _signature(form, dtypes, launch, _programs(shape, launch, sizes), origins)
 
 

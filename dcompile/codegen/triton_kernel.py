@@ -6,14 +6,15 @@ load and store is masked by the positions that exist, and inside ``Masked`` by i
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
-from dcompile.codegen.triton_text import neutral, register_text, rounded, type_text
+from dcompile.codegen.triton_scan import rule_function
+from dcompile.codegen.triton_text import literal, neutral, register_text, rounded, type_text
 from dcompile.codegen.triton_values import INNER, OUTER, Values, is_narrow
 from dcompile.errors import CompilerBug
 from dcompile.ir.index import product
-from dcompile.ir.kernel import Fold, Let, Nest, Scratch, Stmt, Write
+from dcompile.ir.kernel import Fold, Let, Nest, ScanLoop, Scratch, Stmt, Write
 from dcompile.ir.nodes import Axis
 from dcompile.ir.types import DType, Size
 
@@ -70,6 +71,8 @@ class KernelPrinter(Values):
         elif isinstance(stmt, Scratch):
             self.dtypes[stmt.name] = stmt.dtype
             self.scratch[stmt.name] = None
+        elif isinstance(stmt, ScanLoop):
+            self._scan(stmt)
         elif isinstance(stmt, Nest):
             self._inner(stmt.axes, partial(self._statements, stmt.body))
         elif isinstance(stmt, Fold):
@@ -132,6 +135,56 @@ class KernelPrinter(Values):
                 self.kept[stmt.buffer, stmt.address] = value
         self.dirty = True
 
+    # scans
+
+    def _scan(self, stmt: ScanLoop) -> None:
+        rule = f"{self.name}_rule{len(self.helpers)}"
+        self.helpers += rule_function(rule, stmt.combine)
+        types = [register_text(_accumulated(e.dtype)) for e in stmt.exprs]
+        running = [f"scan{self._count + n}" for n in range(len(stmt.names))]
+        carried = [f"{name}_carried" for name in running]
+        self._count += len(running)
+        if not self.launch.persistent:
+            for n, (name, kind) in enumerate(zip(carried, types, strict=True)):
+                start = literal(stmt.start[n].value, stmt.start[n].dtype) if stmt.start else "0"
+                self.line(f"{name} = tl.full([X, 1], {start}, {kind})")
+
+        def block() -> None:
+            for let in stmt.lets:
+                self._let(let)
+            existing = " & ".join(self._existing(frozenset({OUTER, INNER})))
+            for n, (expr, name, kind) in enumerate(zip(stmt.exprs, running, types, strict=True)):
+                self.line(f"{name} = {self._block(self.value(expr), kind, expr.dtype)}")
+                if existing and stmt.start:
+                    start = literal(stmt.start[n].value, stmt.start[n].dtype)
+                    self.line(f"{name} = tl.where({existing}, {name}, {start}).to({kind})")
+            names = ", ".join(running)
+            values = running[0] if len(running) == 1 else f"({names})"
+            self.line(f"{names} = tl.associative_scan({values}, 1, {rule})")
+            if not self.launch.persistent:
+                self._carry(rule, running, carried, types, bool(stmt.start))
+            for name, result, expr in zip(stmt.names, running, stmt.exprs, strict=True):
+                self.dims[result] = frozenset({OUTER, INNER})
+                self.scopes[-1].locals[name] = (
+                    self.define(f"{result} != 0", self.dims[result]) if expr.dtype is DType.BOOL else result
+                )
+            for write in stmt.writes:
+                self._write(write)
+
+        self._inner(stmt.axes, block)
+
+    def _carry(
+        self, rule: str, running: Sequence[str], carried: Sequence[str], types: Sequence[str], neutral_start: bool
+    ) -> None:
+        """What came before this block enters its running values, the last of which the next block gets."""
+        combined = [f"{name}_all" for name in running]
+        self.line(f"{', '.join(combined)} = {rule}({', '.join([*carried, *running])})")
+        for name, whole, before, kind in zip(running, combined, carried, types, strict=True):
+            new = whole if neutral_start else f"tl.where(r_start == 0, {name}, {whole})"
+            self.line(f"{name} = ({new}).to({kind})")
+            last = f"tl.where(r - r_start == R - 1, {name}, 0).to({kind})"
+            self.line(f"{before} = tl.reduce({last}, 1, fold_sum, keep_dims=True)")
+
     # folds
 
     def _fold(self, stmt: Fold) -> None:
@@ -165,11 +218,7 @@ class KernelPrinter(Values):
     def _accumulate(self, name: str, kind: str, value: str, dtype: DType, positions: str, last: str) -> None:
         """One block enters the accumulator; lanes that do not exist count as neutral."""
         register = register_text(_accumulated(dtype))
-        wide = f"{value}.to({register})" if dtype is DType.BOOL else value
-        block = (
-            f"tl.broadcast_to({wide}, [X, R])" if self.dims.get(value) else f"tl.full([X, R], 0, {register}) + {wide}"
-        )
-        here, at = f"({block}).to({register})", f"tl.broadcast_to(r, [X, R]).to({positions})"
+        here, at = self._block(value, register, dtype), f"tl.broadcast_to(r, [X, R]).to({positions})"
         if existing := " & ".join(self._existing(frozenset({OUTER, INNER}))):
             here = f"tl.where({existing}, {here}, {neutral(kind, dtype)}).to({register})"
             at = f"tl.where({existing}, {at}, {last}).to({positions})"
@@ -182,6 +231,13 @@ class KernelPrinter(Values):
             self.line(f"{name}, {name}_at = fold_{kind}({name}, {name}_at, {here}, {at})")
         else:
             self.line(f"{name} = {_combine(kind)}({name}, {here})")
+
+    def _block(self, value: str, register: str, dtype: DType) -> str:
+        """``value`` for every position of the block, in the type it accumulates in."""
+        wide = f"{value}.to({register})" if dtype is DType.BOOL else value
+        if self.dims.get(value):
+            return f"tl.broadcast_to({wide}, [X, R]).to({register})"
+        return f"(tl.full([X, R], 0, {register}) + {value}).to({register})"
 
     def _finish(self, name: str, kind: str, dtype: DType, last: str) -> None:
         """The block of partial results becomes one value for each outer position."""

@@ -12,7 +12,7 @@ from dcompile.errors import CompilerBug
 from dcompile.ir import expr as ex
 from dcompile.ir.graph import hint
 from dcompile.ir.index import product
-from dcompile.ir.kernel import Fold, Kernel, Let, Nest, Role, Scratch, Stmt, Write, expressions, statements
+from dcompile.ir.kernel import Fold, Kernel, Let, Nest, Role, ScanLoop, Scratch, Stmt, Write, expressions, statements
 from dcompile.ir.nodes import Axis
 from dcompile.ir.types import Size
 
@@ -96,7 +96,7 @@ def shape_of(kernel: Kernel) -> Shape:
     if len(body) == 1 and isinstance(body[0], Nest):
         outer, body = body[0].axes, body[0].body
         column = bool(body) and kernel.body[0].roles[-1:] == (Role.SIMD,)  # type: ignore[union-attr]
-    ranges = [stmt for stmt in body if isinstance(stmt, Nest | Fold)]
+    ranges = [stmt for stmt in body if isinstance(stmt, Nest | Fold | ScanLoop)]
     for stmt in ranges:
         if isinstance(stmt, Nest) and not all(isinstance(s, Let | Write) for s in stmt.body):
             raise CompilerBug("a GPU kernel nests loops deeper than outer positions around inner ranges")

@@ -41,6 +41,10 @@ class Values:
         dtypes: element type of each buffer.
         sizes: parameter of each size symbol.
         own: buffers the kernel writes.
+        name: of the function, from which those of its helpers derive.
+
+    Attributes:
+        lines, helpers: the function's body, and functions of its own that it calls.
     """
 
     def __init__(
@@ -50,9 +54,12 @@ class Values:
         dtypes: Mapping[str, DType],
         sizes: Mapping[sympy.Symbol, str],
         own: frozenset[str],
+        name: str = "kernel",
     ) -> None:
+        self.name = name
         self.shape, self.launch, self.dtypes, self.own = shape, launch, dict(dtypes), own
         self.lines: list[str] = []
+        self.helpers: list[str] = []
         self.depth = 1
         self.scopes = [Scope(symbols=dict(sizes))]
         self.extents: dict[sympy.Symbol, Size] = {}

@@ -1,7 +1,7 @@
 """Cumulative ops: inclusive scans along one dimension.
 
 On devices without a scan printer these stay library calls. Sums and products of floats run in double precision on the
-CPU, as eager's do, and are rounded once an element.
+CPU, as eager's do, and are rounded once an element; on a GPU in the type that eager's run in there.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dcompile.ir.types import DType, Value
 from dcompile.lower.builder import Lowering, loop_axes, loop_index
 from dcompile.lower.table import NoRule, rule
 
-SCAN_DEVICES = frozenset({"cpu"})
+SCAN_DEVICES = frozenset({"cpu", "cuda"})
 """Devices whose printer knows scans."""
 
 _KINDS = {"cumsum": "sum", "cumprod": "prod", "logcumsumexp": "logaddexp", "cummax": "cummax", "cummin": "cummin"}
@@ -39,6 +39,13 @@ def emit_scan(
     return outs
 
 
+def _accumulated(out: Value) -> DType:
+    """Double precision on the CPU; on a GPU, where that is slow, the compute type, as eager's."""
+    if not out.dtype.is_float:
+        return out.dtype
+    return DType.F64 if out.device == "cpu" else out.dtype.compute
+
+
 def _element(b: Lowering, x: Value, dtype: DType) -> Expr:
     return to(load(x.name, loop_index(x.shape), x.dtype), dtype)
 
@@ -51,7 +58,7 @@ def cumulative(b: Lowering, x: Value, dim: Any, *, dtype: Any = None) -> Value:
         return b.pointwise(out, to(load(x.name, (), x.dtype), out.dtype))
     if x.device not in SCAN_DEVICES or out.dtype.is_complex:
         raise NoRule
-    inner = DType.F64 if out.dtype.is_float else out.dtype
+    inner = _accumulated(out)
     value = to(_element(b, x, out.dtype), inner)
     kind = _KINDS[name]
     return emit_scan(b, (out,), int(dim) % len(out.shape), (value,), combine(kind, inner), neutral(kind, inner))[0]

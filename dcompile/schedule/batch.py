@@ -15,7 +15,7 @@ from dcompile.analyse.dependence import is_legal, predecessors
 from dcompile.analyse.flops import work
 from dcompile.ir.graph import Graph, hint
 from dcompile.ir.index import product
-from dcompile.ir.kernel import Fold, Kernel, Nest, Scratch, statements
+from dcompile.ir.kernel import Fold, Kernel, Nest, ScanLoop, Scratch, statements
 from dcompile.ir.nodes import View
 from dcompile.ir.types import Origin
 
@@ -63,7 +63,7 @@ def _may_join(node: Kernel, graph: Graph) -> bool:
         return False
     if any(out.device != "cuda" for out in node.outs):
         return False
-    if any(isinstance(s, Scratch) for s in statements(node.body)):
+    if any(isinstance(s, Scratch | ScanLoop) for s in statements(node.body)):
         return False
     nests = [s for s in statements(node.body) if isinstance(s, Nest | Fold)]
     if not all(isinstance(size, int) for s in nests for _, size in s.axes):

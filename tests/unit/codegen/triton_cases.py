@@ -14,10 +14,12 @@ from dcompile.codegen.triton import TritonModule, TritonSignature, print_triton
 from dcompile.codegen.triton_launch import Launch
 from dcompile.collectives.text import parse_graph
 from dcompile.ir import expr as ex
+from dcompile.ir.combine import neutral
+from dcompile.ir.combine import rule as combine
 from dcompile.ir.graph import Graph, SizeInput
 from dcompile.ir.index import Mod, as_expr, symbol
 from dcompile.ir.kernel import Accumulator, Fold, Kernel, Nest, Write
-from dcompile.ir.nodes import Ref
+from dcompile.ir.nodes import Ref, Scan
 from dcompile.ir.ops import OPS, SPECIAL_BINARY, SPECIAL_UNARY
 from dcompile.ir.types import DType, Value
 from dcompile.schedule.batch import batch_kernels
@@ -198,6 +200,21 @@ def batched_case(text: str) -> Case:
     return Case(graph, [torch.randn(shape, generator=generator).to(dtype) for shape, dtype in shapes], 1e-2)
 
 
+def scan_case(kind: str, dtype: DType, along: str = "i1", launch: Launch | None = None) -> Case:
+    """A scan of rows or columns of (5, 37)."""
+    values, rule = neutral(kind, dtype), combine(kind, dtype)
+    axes = ((I0, 5), (I1, 37))
+    x = ex.load("x", (I0, I1), dtype)
+    variable = I1 if along == "i1" else I0
+    exprs = (x,) if len(rule) == 1 else (x, ex.index(variable))
+    outs = tuple(value(f"y{n}", (5, 37), e.dtype) for n, e in enumerate(exprs))
+    scan = Scan(outs=outs, axes=axes, along=variable, exprs=exprs, combine=rule, start=values)
+    graph = Graph("f", (value("x", (5, 37), dtype),), (scan,), tuple(Ref(out.name) for out in outs)).check()
+    data = torch.rand(5, 37, dtype=torch.float64).add(0.5) if dtype.is_float else torch.randint(-3, 4, (5, 37))
+    launches = {0: launch} if launch else None
+    return Case(on_cuda(fuse(graph, context()).check()), [data.to(dtype.torch)], 1e-4, launches)
+
+
 COUNT = """
 graph f(x: f32[5, 40]) {
   n: f32[5] = reduce sum (i0: 5; r0: 40) 1.0:f32
@@ -353,6 +370,14 @@ CASES: dict[str, Callable[[], Case]] = {
     "full_looped": lambda: fused_case(FULL, launch=replace(LOOPED, block=1)),
     "count": lambda: fused_case(COUNT),
     "count_looped": lambda: fused_case(COUNT, launch=LOOPED),
+    "cumsum": lambda: scan_case("sum", F32),
+    "cumsum_looped": lambda: scan_case("sum", F32, launch=LOOPED),
+    "cumsum_columns": lambda: scan_case("sum", F32, "i0"),
+    "cumsum_i64_looped": lambda: scan_case("sum", I64, launch=LOOPED),
+    "cumprod": lambda: scan_case("prod", F32),
+    "logcumsumexp_looped": lambda: scan_case("logaddexp", F32, launch=LOOPED),
+    "cummax": lambda: scan_case("cummax", F32),
+    "cummin_looped": lambda: scan_case("cummin", I64, launch=LOOPED),
     "batch": lambda: batched_case(BATCH),
     "transposed": lambda: fused_case(TRANSPOSED),
     "transposed_large": lambda: fused_case(re.sub(r"\b10\b", "90", re.sub(r"\b6\b", "70", TRANSPOSED))),
