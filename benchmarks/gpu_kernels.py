@@ -79,7 +79,7 @@ def size(*tensors: Tensor) -> int:
 
 
 def cases(m: Maker) -> dict[str, Callable[[], Case]]:
-    rows, wide = m.n(16384), m.n(4096)
+    rows, wide = m.n(65536), m.n(4096)
 
     def unary(function: Callable[[Tensor], Tensor], grad: bool, passes: int, dtype: torch.dtype = BF16) -> Case:
         x = m.randn(rows, wide, dtype=dtype, grad=grad)
@@ -141,7 +141,7 @@ def cases(m: Maker) -> dict[str, Callable[[], Case]]:
         return Case(run, inputs, size(*inputs) * 7 // 4)
 
     def embedding() -> Case:
-        table, ids = m.randn(m.n(32768), 1024, dtype=F32, grad=True), m.ids(m.n(65536), m.n(32768))
+        table, ids = m.randn(m.n(32768), 1024, dtype=F32, grad=True), m.ids(m.n(262144), m.n(32768))
         return Case(lambda t, i: F.embedding(i, t), (table, ids), 3 * ids.numel() * 4096 + 2 * size(table))
 
     def batch_norm() -> Case:
@@ -158,7 +158,7 @@ def cases(m: Maker) -> dict[str, Callable[[], Case]]:
         return Case(lambda x, y: x.t() + y, (x, y), 3 * size(x))
 
     def cumsum() -> Case:
-        x = m.randn(rows, wide, dtype=F32)
+        x = m.randn(rows // 4, wide, dtype=F32)
         return Case(lambda x: x.cumsum(-1), (x,), 2 * size(x))
 
     return {
@@ -167,17 +167,17 @@ def cases(m: Maker) -> dict[str, Callable[[], Case]]:
         "rms norm": rms_norm,
         "gelu bias": gelu_bias,
         "swiglu": swiglu,
-        "cross entropy 32k": lambda: cross_entropy(32768, 4096),
-        "cross entropy 128k": lambda: cross_entropy(131072, 2048),
+        "cross entropy 32k": lambda: cross_entropy(32768, 16384),
+        "cross entropy 128k": lambda: cross_entropy(131072, 4096),
         "rotary": rotary,
         "adamw": adamw,
         "embedding": embedding,
         "batch norm relu": batch_norm,
-        "sum of all": lambda: reduction((16384, 8192), None),
-        "rows": lambda: reduction((16384, 8192), -1),
-        "columns": lambda: reduction((65536, 1024), 0),
-        "few columns": lambda: reduction((1048576, 64), 0),
-        "long rows": lambda: reduction((64, 1048576), -1),
+        "sum of all": lambda: reduction((32768, 8192), None),
+        "rows": lambda: reduction((32768, 8192), -1),
+        "columns": lambda: reduction((262144, 1024), 0),
+        "few columns": lambda: reduction((4194304, 64), 0),
+        "long rows": lambda: reduction((64, 4194304), -1),
         "transpose f32": lambda: transpose(F32),
         "transpose bf16": lambda: transpose(BF16),
         "cumsum": cumsum,
