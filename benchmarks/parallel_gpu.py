@@ -15,11 +15,12 @@ import argparse
 import contextlib
 import datetime
 import gc
+import itertools
 import json
 import os
+import queue
 import statistics
 import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -40,7 +41,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import dcompile
 
-WARMUP, DEADLINE_S = 6, 540
+WARMUP, PARTS, DEADLINE_S = 6, 4, 540
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ SIZES = {
 
 
 def sharded(model: nn.Module) -> nn.Module:
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
     for layer in model.layers:  # type: ignore[union-attr]
         fully_shard(layer, mp_policy=policy)
     return fully_shard(model, mp_policy=policy)
@@ -112,12 +113,15 @@ def measure(size: Size, way: str, rank: int, device: torch.device, steps: int) -
     plain = not way.startswith("fsdp")
     autocast = torch.autocast(device.type, torch.bfloat16) if plain else contextlib.nullcontext()
 
-    def step() -> torch.Tensor:
+    def step(between: Callable[[], object] = lambda: None) -> torch.Tensor:
         with autocast:
             loss = run(*data)
+        between()
         loss.backward()
+        between()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        between()
         return loss.detach()
 
     began = time.perf_counter()
@@ -133,8 +137,10 @@ def measure(size: Size, way: str, rank: int, device: torch.device, steps: int) -
         began = time.perf_counter()
         losses.append(step().item())
         times.append(1e3 * (time.perf_counter() - began))
+    parts = [parts_of_a_step(step, device) for _ in range(PARTS)]
     counters = dcompile.counters()
     return {
+        "parts_ms": [round(statistics.median(column), 2) for column in zip(*parts, strict=True)],
         "first_s": round(first_s, 2),
         "step_ms": round(statistics.median(times), 2),
         "fastest_ms": round(min(times), 2),
@@ -146,7 +152,20 @@ def measure(size: Size, way: str, rank: int, device: torch.device, steps: int) -
     }
 
 
-def rank_main(rank: int, world: int, link: str, port: int, given: argparse.Namespace, out: str) -> None:
+def parts_of_a_step(step: Callable[..., torch.Tensor], device: torch.device) -> list[float]:
+    """Milliseconds of forward, backward and optimizer, each waited for."""
+    marks = [time.perf_counter()]
+
+    def mark() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        marks.append(time.perf_counter())
+
+    step(mark)
+    return [1e3 * (after - before) for before, after in itertools.pairwise(marks)]
+
+
+def rank_main(rank: int, world: int, link: str, port: int, given: argparse.Namespace, out: Any) -> None:
     if link == "slow":
         os.environ["NCCL_P2P_DISABLE"] = "1"
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
@@ -171,7 +190,7 @@ def rank_main(rank: int, world: int, link: str, port: int, given: argparse.Names
             found[model][way] = result
             if rank == 0:
                 print(row(link, model, way, found[model]), flush=True)
-                Path(out).write_text(json.dumps(found))
+                out.put(found)
             if "error" in result:
                 os._exit(3)  # the other rank may hang in a collective: the next link starts afresh
     dist.barrier()
@@ -187,31 +206,29 @@ def row(link: str, model: str, way: str, found: dict[str, Any]) -> str:
     return (
         f"{link:5} {model:5} {way:14} step {result['step_ms']:8.2f} ms  fastest {result['fastest_ms']:8.2f}  "
         f"first {result['first_s']:6.2f} s  peak {result['peak_gib']} GiB  losses apart {apart:.1e}  "
-        f"collectives {result['collectives']}"
+        f"collectives {result['collectives']}  parts {result['parts_ms']}"
     )
 
 
-def run_link(link: str, given: argparse.Namespace) -> dict[str, Any]:
+def run_link(link: str, given: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """What rank 0 has measured so far, each time it has measured one more."""
     world = 2 if given.cpu else torch.cuda.device_count()
-    with tempfile.TemporaryDirectory() as folder:
-        out = str(Path(folder) / "found.json")
-        port = 29500 + os.getpid() % 1000 + (link == "slow")
-        context = mp.get_context("spawn")
-        processes = [
-            context.Process(target=rank_main, args=(rank, world, link, port, given, out)) for rank in range(world)
-        ]
-        for process in processes:
-            process.start()
-        end = time.monotonic() + given.limit_s
-        while any(p.is_alive() for p in processes) and time.monotonic() < end:
-            if any(p.exitcode not in (None, 0) for p in processes):
-                break
-            time.sleep(0.1)
-        for process in processes:
-            if process.is_alive():
-                process.kill()
-            process.join()
-        return json.loads(Path(out).read_text()) if Path(out).exists() else {}
+    port = 29500 + os.getpid() % 1000 + (link == "slow")
+    context = mp.get_context("spawn")
+    out = context.Queue()
+    processes = [context.Process(target=rank_main, args=(rank, world, link, port, given, out)) for rank in range(world)]
+    for process in processes:
+        process.start()
+    end = time.monotonic() + given.limit_s
+    while any(p.is_alive() for p in processes) and time.monotonic() < end:
+        with contextlib.suppress(queue.Empty):
+            yield out.get(timeout=0.2)
+        if any(p.exitcode not in (None, 0) for p in processes):
+            break
+    for process in processes:
+        if process.is_alive():
+            process.kill()
+        process.join()
 
 
 def hardware(given: argparse.Namespace) -> Iterator[tuple[str, Any]]:
@@ -233,9 +250,10 @@ def main() -> None:
     given = parser.parse_args()
     result = dict(hardware(given))
     for link in given.links:
-        result[link] = run_link(link, given)
-        if given.out:
-            (given.out / f"{result['date'][:10]}-parallel_gpu.json").write_text(json.dumps(result, indent=1))
+        for found in run_link(link, given):
+            result[link] = found
+            if given.out:
+                (given.out / f"{result['date'][:10]}-parallel_gpu.json").write_text(json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":

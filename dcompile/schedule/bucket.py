@@ -20,6 +20,7 @@ from dcompile.schedule.list_schedule import list_schedule
 from dcompile.schedule.live import footing, peak_bytes
 from dcompile.schedule.merge import Bucket, Member, depended_on, merge, true_predecessors
 from dcompile.schedule.overlap import GAIN, PEAK_FACTOR, POLICIES
+from dcompile.schedule.prefetch import prefetch
 from dcompile.schedule.simulate import NodePrices, prepare, simulate, tails
 
 STAGE = "bucket"
@@ -37,6 +38,8 @@ def bucket_collectives(graph: Graph, ctx: Context) -> Graph:
 
     Leaves a verdict for every size tried and for every collective that cannot be merged.
     """
+    prices: NodePrices = {}
+    graph = prefetch(graph, ctx.costs, prices)
     before = true_predecessors(graph)
     members = _members(graph, before, ctx)
     if len(members) < 2:
@@ -45,12 +48,13 @@ def bucket_collectives(graph: Graph, ctx: Context) -> Graph:
         merged, refused = merge(graph, before, _fill(members, ctx.options.bucket_bytes))
         _report_refused(graph, refused, ctx)
         ctx.verdict(STAGE, graph.name, f"buckets of {ctx.options.bucket_bytes} bytes", "set by bucket_bytes")
-        return merged
-    return _cheapest(graph, before, members, ctx)
+        return prefetch(merged, ctx.costs, prices)
+    return _cheapest(graph, before, members, ctx, prices)
 
 
-def _cheapest(graph: Graph, before: Sequence[tuple[int, ...]], members: list[Member], ctx: Context) -> Graph:
-    prices: NodePrices = {}
+def _cheapest(
+    graph: Graph, before: Sequence[tuple[int, ...]], members: list[Member], ctx: Context, prices: NodePrices
+) -> Graph:
     best, best_us, best_size = graph, _makespan_us(graph, ctx, prices), "no bucketing"
     tried = [(best_size, best_us)]
     refusals: list[Bucket] = []
@@ -61,6 +65,7 @@ def _cheapest(graph: Graph, before: Sequence[tuple[int, ...]], members: list[Mem
             continue
         seen.add(tuple(buckets))
         merged, refused = merge(graph, before, buckets)
+        merged = prefetch(merged, ctx.costs, prices)
         makespan_us = _makespan_us(merged, ctx, prices)
         tried.append((f"buckets of {limit} bytes", makespan_us))
         if makespan_us < (1 - GAIN) * best_us:
