@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -23,6 +24,20 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 Observer = Callable[[Built], None]
 """Told of every graph as soon as it is compiled."""
+
+
+_observers: list[Observer] = []
+
+
+@contextmanager
+def observing(observe: Observer) -> Iterator[None]:
+    """Tell ``observe`` of every graph compiled in the block, by whom ever. Nothing comes from the disk cache meanwhile,
+    so that there is a plan to be seen."""
+    _observers.append(observe)
+    try:
+        yield
+    finally:
+        _observers.remove(observe)
 
 
 def dcompile(
@@ -49,9 +64,10 @@ def backend(options: Options, observe: Observer | None = None) -> Callable[..., 
     def run(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         def compile_captured(captured: Captured) -> Callable[[list[Any]], Sequence[Any]]:
             graphing = Graphing(captured.returned, storage_users) if options.cuda_graphs else None
-            built = compile_graph(captured.gm, captured.name, options, graphing)
-            if observe is not None:
-                observe(built)
+            chosen = replace(options, cache_dir=None) if _observers else options
+            built = compile_graph(captured.gm, captured.name, chosen, graphing)
+            for tell in (*_observers, *([observe] if observe is not None else [])):
+                tell(built)
             return built.run
 
         with TALLY.timed("capture"):

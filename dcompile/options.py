@@ -34,6 +34,7 @@ class Options:
         in_flight_bytes: most bytes of collectives in flight at once.
         deadline_s: longest wait on another rank, in seconds.
         flight_dir: folder that receives each rank's flight recorder when a collective does not end; None for none.
+        topology: TOML file with the prices that decisions are taken by (``analyse.topology``); None for built-in ones.
         progress_dir: folder in which each rank says what it is compiling, for the launcher; None for none.
         compile_once: one rank compiles a program and the others load it.
         verify_cross_rank: exchange plan fingerprints between ranks before the first launch.
@@ -54,6 +55,7 @@ class Options:
     in_flight_bytes: int = 256 * 2**20
     deadline_s: float = 300.0
     flight_dir: Path | None = None
+    topology: Path | None = None
     progress_dir: Path | None = None
     compile_once: bool = True
     verify_cross_rank: bool = True
@@ -107,7 +109,7 @@ def _typed(name: str, value: Any) -> Any:
     """``value`` in the type of the option: any collection of names, any spelling of a path."""
     if name in ("eager_ops", "skip", "show"):
         return frozenset({value} if isinstance(value, str) else value)
-    if name in ("cache_dir", "dump_dir", "flight_dir", "progress_dir"):
+    if name in ("cache_dir", "dump_dir", "flight_dir", "progress_dir", "topology"):
         return None if value is None else Path(value)
     return value
 
@@ -116,7 +118,7 @@ def _parse(name: str, text: str, variable: str) -> Any:
     try:
         if name in ("eager_ops", "skip", "show"):
             return frozenset(part.strip() for part in text.split(",") if part.strip())
-        if name in ("dump_dir", "flight_dir", "progress_dir"):
+        if name in ("dump_dir", "flight_dir", "progress_dir", "topology"):
             return Path(text)
         if name in ("bucket_bytes", "in_flight_bytes"):
             return int(text)

@@ -20,6 +20,7 @@ from dcompile.analyse.alias import storage_roots
 from dcompile.analyse.calibration import calibrated
 from dcompile.analyse.context import Context
 from dcompile.analyse.cost import CostModel
+from dcompile.analyse.topology import read_topology
 from dcompile.analyse.verify import verify
 from dcompile.codegen.cpp import CppModule, print_cpp
 from dcompile.codegen.triton import TritonModule, print_triton
@@ -40,7 +41,7 @@ from dcompile.plan import Plan
 from dcompile.runtime.board import compiling
 from dcompile.runtime.cache import Cache, cache_key
 from dcompile.runtime.calibrate import calibration_of
-from dcompile.runtime.comm import group_size
+from dcompile.runtime.comm import group_ranks, group_size
 from dcompile.runtime.compiled import (
     VANISHED,
     CompiledGraph,
@@ -334,11 +335,14 @@ def _cached(cache: Cache, key: str) -> Loaded | None:
 
 
 def _context(lowered: Lowered, options: Options) -> Context:
-    return Context(options, _costs(lowered))
+    return Context(options, _costs(lowered, options))
 
 
-def _costs(lowered: Lowered) -> CostModel:
-    """Documented prices, or measured ones of the groups that were calibrated."""
+def _costs(lowered: Lowered, options: Options) -> CostModel:
+    """The prices of the user's topology; else documented ones, or measured ones of the groups that were calibrated."""
+    if options.topology is not None:
+        ranks = {label: group_ranks(group) for label, group in lowered.group_names.items()}
+        return read_topology(options.topology).costs(ranks)
     starts = [node for node in lowered.graph.nodes if isinstance(node, Start)]
     device = "cuda" if "cuda" in _devices(lowered.graph) else "cpu"
     costs = CostModel.analytical(device, max((start.group.size for start in starts), default=1))
@@ -351,7 +355,7 @@ def _key(lowered: Lowered, options: Options) -> str:
     return cache_key(
         print_graph(lowered.graph),
         options.affects_code(),
-        repr(_costs(lowered)),
+        repr(_costs(lowered, options)),
         options.timeline,
         own_sources(),
         torch.__version__,

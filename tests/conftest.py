@@ -17,6 +17,9 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--row", action="append", default=[], help="run the tests of this row only, A1 for example")
+    parser.addoption(
+        "--matrix", choices=("spread", "full"), default="spread", help="cells of tests/multi_gpu/test_matrix.py to run"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:

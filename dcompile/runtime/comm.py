@@ -137,6 +137,15 @@ def group_size(name: Any) -> int:
     return dist.get_world_size(find_group(name))
 
 
+def group_ranks(name: Any) -> list[int]:
+    """Global ranks of the process group called ``name``, in its order.
+
+    Raises:
+        Unsupported: no such group on this rank.
+    """
+    return dist.get_process_group_ranks(find_group(name))
+
+
 class TorchComm:
     """Collectives on ``torch.distributed`` process groups.
 

@@ -44,7 +44,7 @@ def run_ranks(
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     with tempfile.TemporaryDirectory(prefix="dcompile-ranks-") as folder:
-        port = _free_port()
+        port = free_port()
         processes = [
             context.Process(
                 target=_rank_main,
@@ -93,7 +93,7 @@ def drill(
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     with tempfile.TemporaryDirectory(prefix="dcompile-drill-") as folder:
-        port = _free_port()
+        port = free_port()
         processes = [
             context.Process(
                 target=_rank_main,
@@ -204,7 +204,8 @@ def _rank_main(
         os._exit(1)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of the loopback interface that nobody listens on."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])

@@ -29,6 +29,7 @@ READ = {
     "deadline_s": ("DEADLINE_S", "2.5", 2.5),
     "flight_dir": ("FLIGHT_DIR", "some/flights", Path("some/flights")),
     "progress_dir": ("PROGRESS_DIR", "some/progress", Path("some/progress")),
+    "topology": ("TOPOLOGY", "some/cluster.toml", Path("some/cluster.toml")),
     "compile_once": ("COMPILE_ONCE", "0", False),
     "verify_cross_rank": ("VERIFY_CROSS_RANK", "0", False),
     "cxx": ("CXX", "clang++ -v", "clang++ -v"),
