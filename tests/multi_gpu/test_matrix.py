@@ -74,7 +74,9 @@ def spread(cell: Cell, model: Model, device: str) -> nn.Module:
 
 def data_rank(cell: Cell, rank: int) -> int:
     """Ranks that hold parts of the same layer see the same data."""
-    return {"tp": 0, "tp+fsdp": rank // (cell.ranks // 2)}.get(cell.way, rank)
+    if cell.way == "tp":
+        return 0
+    return rank // (cell.ranks // 2) if cell.way == "tp+fsdp" else rank
 
 
 def train(cell: Cell, rank: int, compiled: bool, cache: str) -> list[float]:
@@ -152,8 +154,8 @@ def test_cell(cell: Cell, crews: Callable[[int, str], Crew], record_property: Ca
         if cell.cache == "warm":
             assert found["misses"] == 0
             assert found["hits"] == found["graphs"]
-    in_graph = cell.ranks > 1 and cell.way != "torch-ddp"
-    assert all((found["collectives"] > 0) is in_graph for found in ranks)
+    if cell.ranks > 1:  # alone, a sharded model may still gather from itself
+        assert all((found["collectives"] > 0) is (cell.way != "torch-ddp") for found in ranks)
     facts = ranks[0]
     record_property("found", f"{facts['graphs']} graphs, {facts['breaks']} breaks, {facts['collectives']} collectives")
 
