@@ -30,7 +30,7 @@ from __future__ import annotations
 import math
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -115,9 +115,9 @@ def read_topology(path: Path) -> Topology:
         matmul = {DType(name): float(value) for name, value in compute.pop("matmul_flops_per_us", {}).items()}
     except ValueError as error:
         raise DCompileError(f"topology {path}: [compute] matmul_flops_per_us: {error}") from error
-    values = _numbers(path, "[compute]", compute, Roofline, optional=("matmul_flops_per_us", "multiprocessors"))
-    cores = int(values.pop("multiprocessors", 0))
-    roofline = Roofline(**values, matmul_flops_per_us=matmul, multiprocessors=cores)
+    known = ("flops_per_us", "bytes_per_us", "launch_us", "call_us")
+    flops, nbytes, launch, call, cores = _numbers(path, "[compute]", compute, known, ("multiprocessors",))
+    roofline = Roofline(flops, nbytes, launch, call, matmul, int(cores))
     return Topology(str(found.get("name", path.stem)), roofline, tuple(sorted(levels, key=lambda level: level.ranks)))
 
 
@@ -131,19 +131,21 @@ def _level(path: Path, number: int, table: Mapping[str, Any]) -> Level:
         slowdown = {Kind(name): float(value) for name, value in values.pop("slowdown", {}).items()}
     except ValueError as error:
         raise DCompileError(f"topology {path}: {where} slowdown: {error}") from error
-    link = LinkModel(**_numbers(path, where, values, LinkModel, optional=("hop_us", "slowdown")), slowdown=slowdown)
+    known = ("alpha_us", "bytes_per_us", "contention")
+    alpha, nbytes, contention, hop = _numbers(path, where, values, known, ("hop_us",))
+    link = LinkModel(alpha, nbytes, contention, hop, slowdown)
     return Level(ranks, link, steps)
 
 
-def _numbers(path: Path, where: str, table: Mapping[str, Any], kind: type, optional: Sequence[str]) -> dict[str, float]:
-    """The numbers of ``table``, which are fields of the dataclass ``kind``; all that are not ``optional`` are there."""
-    known = {field.name for field in fields(kind)}
-    needed = known - set(optional)
-    if unknown := table.keys() - known:
+def _numbers(
+    path: Path, where: str, table: Mapping[str, Any], needed: Sequence[str], optional: Sequence[str]
+) -> list[float]:
+    """The numbers of ``table`` in the order of ``needed`` and ``optional``, which are 0 where they are not given."""
+    if unknown := table.keys() - {*needed, *optional}:
         raise DCompileError(f"topology {path}: {where} has an unknown key {', '.join(sorted(unknown))}")
-    if missing := needed - table.keys():
+    if missing := set(needed) - table.keys():
         raise DCompileError(f"topology {path}: {where} lacks {', '.join(sorted(missing))}")
     for name, value in table.items():
         if not isinstance(value, int | float) or isinstance(value, bool) or value < 0:
             raise DCompileError(f"topology {path}: {where} {name} = {value!r} is no number of at least 0")
-    return {name: float(value) for name, value in table.items()}
+    return [float(table.get(name, 0)) for name in (*needed, *optional)]
