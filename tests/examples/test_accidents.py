@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 STEPS, EVERY = 12, 4
 
-pytestmark = pytest.mark.multi_rank
+pytestmark = [pytest.mark.multi_rank, pytest.mark.slow]
 
 
 def command(accident: str, folder: Path, *more: str, launcher: tuple[str, ...] = ()) -> list[str]:

@@ -83,7 +83,12 @@ class Outcome:
 
 
 def drill(
-    fn: Callable[..., Any], *args: Any, world: int = 2, deadline_s: float = 90.0, still: int | None = None
+    fn: Callable[..., Any],
+    *args: Any,
+    world: int = 2,
+    deadline_s: float = 90.0,
+    still: int | None = None,
+    backend: str = "gloo",
 ) -> list[Outcome]:
     """``run_ranks`` for ranks that are meant to come to grief: how each of them ended, at the latest at the deadline.
 
@@ -97,7 +102,7 @@ def drill(
         processes = [
             context.Process(
                 target=_rank_main,
-                args=(fn, args, rank, world, "gloo", port, folder, deadline_s, dict(os.environ), False),
+                args=(fn, args, rank, world, backend, port, folder, deadline_s, dict(os.environ), False),
                 daemon=True,
             )
             for rank in range(world)

@@ -192,3 +192,28 @@ def test_caches_that_are_full_truncated_or_of_another_user_do_not_stop_anybody()
     assert together[1] == " "
     assert "is corrupt" in together[2]
     assert "belongs to user" in together[3]
+
+
+def hangs_on_the_gpu(rank: int, flights: str) -> None:
+    run = compiled(None, flight_dir=flights)
+    x = torch.eye(64, device="cuda")
+    run(x, world_name())
+    torch.cuda.synchronize()
+    if rank == 1:
+        signal.pause()
+    run(x, world_name())  # returns: a wait only orders the stream
+    torch.cuda.synchronize()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_collective_that_hangs_on_the_gpu_ends_the_job(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    from dcompile.runtime.last_words import DEADLINE_EXIT
+
+    first, _ = drill(hangs_on_the_gpu, str(tmp_path), still=1, backend="nccl")
+    assert first.exit_code == DEADLINE_EXIT
+    said = capfd.readouterr().err
+    assert "all_reduce.sum at test_faults.py" in said
+    assert "number 2 there, did not end within 6 s" in said
+    assert "rank 1 says nothing" in said
+    assert (tmp_path / "dcompile_rank_0").exists()
