@@ -35,7 +35,7 @@ from dcompile.ir.kernel import Kernel
 from dcompile.ir.nodes import Extern, Loop, Node, Pack, Pointwise, Reduction, Scan, Store, View, calls_programs
 from dcompile.ir.symbolic import is_library_call, reads_numbers
 from dcompile.ir.types import Value
-from dcompile.lower import Extra, Lowered, SizeOf, lower
+from dcompile.lower import Extra, Lowered, OnDevice, SizeOf, lower
 from dcompile.options import Options, process_rank
 from dcompile.plan import Plan
 from dcompile.runtime.board import compiling
@@ -415,7 +415,10 @@ def _count(facts: Facts, graphing: Graphing | None, hits: int = 0, misses: int =
 
 def _complete(extra_inputs: tuple[Extra, ...], inputs: list[Any]) -> None:
     for extra in extra_inputs:
-        inputs.append(inputs[extra.input].shape[extra.dim] if isinstance(extra, SizeOf) else extra)
+        if isinstance(extra, SizeOf):
+            inputs.append(inputs[extra.input].shape[extra.dim])
+        else:
+            inputs.append(extra.get() if isinstance(extra, OnDevice) else extra)
 
 
 def _why_no_kernels(graph: Graph, options: Options) -> str | None:

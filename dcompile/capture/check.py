@@ -19,23 +19,32 @@ def check(gm: fx.GraphModule) -> None:
     """Look at every tensor of ``gm``.
 
     Raises:
-        Unsupported: an element type, layout or device without support, or CPU and GPU tensors in one graph (a CPU
-            tensor of zero dimensions is a scalar and may go with either).
+        Unsupported: an element type, layout or device without support, or two devices of one type in one graph. CPU and
+            GPU may meet: copies between them are steps of the program.
     """
-    device: torch.device | None = None
+    seen: dict[str, torch.device] = {}
+    inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    given = {value.device for node in inputs for value in _tensors(node.meta.get("val"))}
     for node in gm.graph.nodes:
         for value in _tensors(node.meta.get("val")):
             _check_tensor(node, value)
-            if value.dim() == 0 and value.device.type == "cpu":
-                continue
-            if device is None:
-                device = value.device
-            elif value.device != device:
+            device = value.device
+            if seen.setdefault(device.type, device) != device:
                 raise Unsupported(
                     _origin(node),
-                    f"one graph with tensors on {device} and on {value.device} ({node.name})",
-                    f"move the tensors to {device} first, or compile each device's part by itself",
+                    f"one graph with tensors on {seen[device.type]} and on {device} ({node.name})",
+                    f"move the tensors to {seen[device.type]} first, or compile each device's part by itself",
                 )
+            if device.type == "cuda" and device not in given and device.index not in (None, _current_gpu()):
+                raise Unsupported(
+                    _origin(node),
+                    f"a tensor made on {device} ({node.name}) while the current device is cuda:{_current_gpu()}",
+                    f"call torch.cuda.set_device({device.index}) before, or pass a tensor on {device}",
+                )
+
+
+def _current_gpu() -> int:
+    return torch.cuda.current_device() if torch.cuda.is_available() else 0
 
 
 def _check_tensor(node: fx.Node, value: torch.Tensor) -> None:

@@ -24,6 +24,7 @@ from dcompile.lower import (
     storage,
     view,
 )
+from dcompile.lower.constants import OnDevice
 from dcompile.lower.fallback import LIBRARY_OPS
 from dcompile.lower.table import RULES
 from dcompile.lower.walk import Extra, Lowered, SizeOf, lower
@@ -58,6 +59,7 @@ __all__ = [
     "RULES",
     "Extra",
     "Lowered",
+    "OnDevice",
     "SizeOf",
     "lower",
 ]

@@ -18,6 +18,7 @@ from dcompile.ir.index import symbol
 from dcompile.ir.nodes import Extern, Literal, Ref
 from dcompile.ir.types import DType, Origin, Size, Value
 from dcompile.lower.builder import SEED_NAMES, Lowering
+from dcompile.lower.constants import OnDevice, rebuilt
 from dcompile.lower.fallback import call_library, gives_only_numbers
 from dcompile.lower.flight import InFlight, ViewInFlight
 from dcompile.lower.higher_order import Layouts, SubProgram, SubPrograms, call_programs, conform
@@ -48,7 +49,7 @@ class SizeOf:
     dim: int
 
 
-Extra = torch.Tensor | SizeOf
+Extra = torch.Tensor | OnDevice | SizeOf
 """An input the traced program does not list: a constant tensor, or a size symbol that is only known as an extent."""
 
 
@@ -124,7 +125,7 @@ class _Walker:
         self.numbers = Numbers(self.lowering)
         self.env: dict[fx.Node, Any] = {}
         self.inputs: list[Value | SizeInput] = []
-        self.constants: list[tuple[Value, torch.Tensor]] = []
+        self.constants: list[tuple[Value, torch.Tensor | OnDevice]] = []
         self.names: dict[fx.Node, str] = {}
         self.rules: dict[Any, tuple[str, Rule | None]] = {}
         self.subs = SubPrograms(self.lower_program, self.constant, {}, {})
@@ -393,6 +394,11 @@ class _Walker:
         op, rule = self.rule_of(target)
         args, kwargs = self.arguments(node, target)
         lowering.outs = self.outputs_of(node)
+        if op == "aten._to_copy.default" and (found := rebuilt(lowering, args[0], self.constants)) is not None:
+            value, constant = found
+            if constant is not None:
+                self.constants.append((value, constant))
+            return value
         if rule is not None and self.allows(rule, args, kwargs):
             mark = len(lowering.nodes)
             try:

@@ -46,11 +46,16 @@ def test_quantised_tensor() -> None:
         check(gm)
 
 
-def test_two_devices_in_one_graph() -> None:
+def test_two_gpus_in_one_graph() -> None:
     with FakeTensorMode():
-        gm = _graph_with(torch.empty(3), torch.empty(3, device="cuda"))
-    with pytest.raises(Unsupported, match=r"train\.py:41: .*cpu.*cuda:0"):
+        gm = _graph_with(torch.empty(3, device="cuda:0"), torch.empty(3, device="cuda:1"))
+    with pytest.raises(Unsupported, match=r"train\.py:41: .*cuda:0.*cuda:1"):
         check(gm)
+
+
+def test_cpu_and_gpu_may_meet() -> None:
+    with FakeTensorMode():
+        check(_graph_with(torch.empty(3), torch.empty(3, device="cuda")))
 
 
 def test_unknown_device() -> None:
