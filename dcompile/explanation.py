@@ -11,6 +11,7 @@ import torch
 
 from dcompile.backend import backend
 from dcompile.capture import every_recompile, graph_breaks, tensors_in
+from dcompile.codegen.calls import calls_json
 from dcompile.ir.nodes import Extern
 from dcompile.options import Options
 from dcompile.pipeline import Built
@@ -50,6 +51,14 @@ class GraphExplanation:
         if self.built.op_by_op:
             return Counter({f"{self.name} op by op": 1})
         return Counter(n.op for n in self._externs if n.fallback)
+
+    def calls_json(self) -> str:
+        """All library calls as JSON, for another executor (``codegen.calls``, ``runtime.replay``).
+
+        Raises:
+            Unsupported: a call that returns something else than tensors.
+        """
+        return calls_json(self.plan.graph) if self.plan else "[]"
 
     @property
     def decisions(self) -> str:

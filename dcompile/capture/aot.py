@@ -25,6 +25,7 @@ from dcompile.capture.opaque import lift_opaque
 from dcompile.capture.origins import mark_sources
 from dcompile.capture.partition import RETURNED, partition
 from dcompile.capture.regather import gather_before_use
+from dcompile.capture.user_kernels import attach_kernels
 
 GraphKind = Literal["inference", "forward", "backward"]
 
@@ -75,6 +76,8 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any], compile_graph: Co
 
     def compiler(kind: GraphKind) -> Callable[[fx.GraphModule, Sequence[Any]], Boxed]:
         def compile_one(traced: fx.GraphModule, inputs: Sequence[Any]) -> Boxed:
+            for inner in programs(traced):
+                attach_kernels(inner)
             for inner in programs(traced)[:-1]:
                 mark_sources(inner)
                 normalise(inner)

@@ -376,7 +376,7 @@ def calls_programs(node: Node) -> bool:
     if not isinstance(node, Extern):
         return False
     return node.op.startswith("higher_order.") or any(
-        found.kind == "graph" for arg in node.args for found in literals(arg)
+        found.kind in ("graph", "module") for arg in node.args for found in literals(arg)
     )
 
 

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from dcompile.ir.graph import Graph
 
 CHECK = "dcompile.check"
+LAUNCH = "dcompile.launch"
+"""The launch of a Triton kernel of the user's own: (kernel, grids, arguments by name)."""
 RELATIONS: Mapping[str, Callable[[int, int], bool]] = {
     "==": operator.eq,
     "!=": operator.ne,

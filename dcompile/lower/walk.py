@@ -25,6 +25,7 @@ from dcompile.lower.higher_order import Layouts, SubProgram, SubPrograms, call_p
 from dcompile.lower.numbers import ITEM, Numbers
 from dcompile.lower.point_to_point import finish_open
 from dcompile.lower.table import RULES, NoRule, Rule
+from dcompile.lower.user_kernel import LAUNCHING, launch
 
 _DROPPED = frozenset({"aten._assert_tensor_metadata.default"})
 """Checks of dtypes and devices, which are the same in every call."""
@@ -281,6 +282,8 @@ class _Walker:
             return tuple(self.resolve(part) for part in item)
         if isinstance(item, torch.SymInt):
             return self.lowering.sizes.size(item)
+        if isinstance(item, dict):
+            return {key: self.resolve(part) for key, part in item.items()}
         if isinstance(item, slice):
             return slice(self.resolve(item.start), self.resolve(item.stop), self.resolve(item.step))
         return item
@@ -311,6 +314,8 @@ class _Walker:
             holder: Any = node.args[0]
             position: Any = node.args[1]
             found = self.env[holder]
+            if isinstance(found, dict):
+                return found[position]
             return found[position] if isinstance(found, tuple) else self.resolve(holder)[position]
         if isinstance(target, torch._ops.OpOverload) and gives_only_numbers(target):
             return self.apply(node)
@@ -323,6 +328,8 @@ class _Walker:
             self.lowering.outs = self.outputs_of(node)
             args = tuple(self.resolve(arg) for arg in node.args)
             kwargs = {key: self.resolve(arg) for key, arg in node.kwargs.items()}
+            if (name := getattr(target, "__name__", "")) in LAUNCHING:
+                return launch(self.lowering, self.subs, name, kwargs)
             return call_programs(self.lowering, self.subs, target, args, kwargs)
         if not isinstance(target, torch._ops.OpOverload):
             raise Unsupported(

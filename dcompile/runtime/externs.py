@@ -11,6 +11,7 @@ from dcompile.errors import CompilerBug, DCompileError
 from dcompile.ir.symbolic import CHECK, RELATIONS
 from dcompile.runtime.packed import PACKING
 from dcompile.runtime.programs import PROGRAM_OPS
+from dcompile.runtime.user_kernels import USER_KERNEL_OPS
 
 LOWEST_I64 = -(2**63)
 
@@ -143,4 +144,5 @@ HELPERS: dict[str, Callable[..., Any]] = {
     CHECK: check,
     **PROGRAM_OPS,
     **PACKING,
+    **USER_KERNEL_OPS,
 }
