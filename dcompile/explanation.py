@@ -11,7 +11,6 @@ import torch
 
 from dcompile.backend import backend
 from dcompile.capture import every_recompile, graph_breaks, tensors_in
-from dcompile.codegen.calls import calls_json
 from dcompile.ir.nodes import Extern
 from dcompile.options import Options
 from dcompile.pipeline import Built
@@ -58,7 +57,7 @@ class GraphExplanation:
         Raises:
             Unsupported: a call that returns something else than tensors.
         """
-        return calls_json(self.plan.graph) if self.plan else "[]"
+        return self.built.calls_json()
 
     @property
     def decisions(self) -> str:

@@ -22,6 +22,7 @@ from dcompile.analyse.context import Context
 from dcompile.analyse.cost import CostModel
 from dcompile.analyse.topology import read_topology
 from dcompile.analyse.verify import verify
+from dcompile.codegen.calls import calls_json
 from dcompile.codegen.cpp import CppModule, print_cpp
 from dcompile.codegen.triton import TritonModule, print_triton
 from dcompile.codegen.wrapper import CallSite, print_host
@@ -188,6 +189,10 @@ class Built:
     seconds: Mapping[str, float] = field(default_factory=dict)
     op_by_op: str = ""
     inner: tuple[Built, ...] = ()
+
+    def calls_json(self) -> str:
+        """Its library calls for another executor; see ``codegen.calls``."""
+        return calls_json(self.plan.graph) if self.plan is not None else "[]"
 
 
 @dataclass(frozen=True)
