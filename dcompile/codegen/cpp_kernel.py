@@ -25,7 +25,7 @@ from dcompile.codegen.cpp_loops import (
 from dcompile.codegen.cpp_scan import scan_loop
 from dcompile.codegen.cpp_scope import Emitter
 from dcompile.codegen.cpp_strip import StripPrinter
-from dcompile.codegen.cpp_types import register_type, storage_type
+from dcompile.codegen.cpp_types import literal, register_type, storage_type
 from dcompile.codegen.cpp_welford import SAMPLES, ShiftedMoments, folding
 from dcompile.ir.index import as_expr
 from dcompile.ir.kernel import Fold, Let, Nest, Role, ScanLoop, Scratch, Stmt, Write
@@ -297,7 +297,8 @@ class Printer:
 
     def _choose_shift(self, stmt: Fold, fold: ShiftedMoments, level: int, start: str) -> None:
         """The running mean, or the mean of a few elements of the block where there is none yet."""
-        self.out.line(f"{fold.type} {fold.shift} = ({fold.type}){fold.name}_mean;")
+        first = f"({fold.type}){fold.name}_mean" if fold.several else literal(0, fold.dtype)
+        self.out.line(f"{fold.type} {fold.shift} = {first};")
         with self.out.scope(certain=False) as inner:
             head = self.enter_sample(stmt.axes[level:], start)
             for let in stmt.lets:
@@ -307,7 +308,7 @@ class Printer:
         with self.out.scope(certain=False) as guarded:
             self.out.block(head, inner)
             self.out.line(fold.finite())
-        self.out.block(f"if ({fold.name}_n == 0.0)", guarded)
+        self.out.block(f"if ({fold.name}_n == 0.0)" if fold.several else "", guarded)
 
     def enter_sample(self, axes: tuple[Axis, ...], start: str) -> str:
         """Open ``axes`` at a sampled position of the block from ``start``; gives the head of the loop over samples."""
@@ -322,7 +323,8 @@ class Printer:
         """Blocks whose shift lay far off are summed again, then all enter their totals."""
         if not moments:
             return
-        count = self.block_count(stmt.axes, level, start)
+        several = any(fold.several for fold in moments)
+        count = self.block_count(stmt.axes, level, start) if several else str(volume(stmt.axes, ()))
         with self.out.scope(certain=False) as inner:
             for fold in moments:
                 self.out.scopes[-1].lines.extend(fold.again(count))

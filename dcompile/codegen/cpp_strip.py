@@ -17,6 +17,7 @@ from dcompile.codegen.cpp_loops import (
     for_text,
     row_major,
     splits,
+    volume,
 )
 from dcompile.codegen.cpp_scan import lane_scan
 from dcompile.codegen.cpp_types import register_type, storage_type
@@ -217,7 +218,8 @@ class StripPrinter:
             for fold in moments:
                 self._choose_shift(stmt, fold, level, start)
             self._fold_axis(stmt, folds, level, None, start, f"{start}_end")
-            count = self.printer.block_count(stmt.axes, level, start)
+            several = any(fold.several for fold in moments)
+            count = self.printer.block_count(stmt.axes, level, start) if several else str(volume(stmt.axes, ()))
             if moments:
                 self._sum_again(stmt, moments, level, start, count)
 

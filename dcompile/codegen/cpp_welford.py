@@ -28,11 +28,16 @@ _WEIGHT = Variable("_n", "double", "0.0", None)
 
 
 class ShiftedMoments(Folding):
-    """``welford``; always runs in blocks."""
+    """``welford``; always runs in blocks.
 
-    def __init__(self, acc: Accumulator, name: str) -> None:
+    Args:
+        several: there may be more than one block, or none.
+    """
+
+    def __init__(self, acc: Accumulator, name: str, several: bool) -> None:
         super().__init__(acc, name, blocked=False)
         self.blocked = True
+        self.several = several
 
     @property
     def variables(self) -> tuple[Variable, ...]:
@@ -80,7 +85,8 @@ class ShiftedMoments(Folding):
         """Statements that add the finished block of ``count`` elements to the total."""
         name = self.name
         own = f"{name}_mean{at}, {name}_m2{at}, {name}_n{at}"
-        return [f"dc::add_moments({own}, {self.shift}{at}, {name}_s1{at}, {name}_s2{at}, (double)({count}));"]
+        function = "add_moments" if self.several else "only_moments"
+        return [f"dc::{function}({own}, {self.shift}{at}, {name}_s1{at}, {name}_s2{at}, (double)({count}));"]
 
     def merge(self, part: str, at: str) -> list[str]:
         return [_merged(self.name, "", tuple(f"{part}{v.suffix}{at}" for v in self.variables))]
@@ -112,7 +118,7 @@ class MergedMoments(Folding):
 def folding(acc: Accumulator, name: str, blocked: bool) -> Folding:
     """The accumulator ``name``; ``blocked``: a sum of several blocks."""
     if acc.kind == "welford":
-        return ShiftedMoments(acc, name)
+        return ShiftedMoments(acc, name, several=blocked)
     return MergedMoments(acc, name) if acc.kind == "welford_merge" else Folding(acc, name, blocked)
 
 

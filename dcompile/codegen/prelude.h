@@ -65,6 +65,15 @@ static inline void add_moments(double& mean, double& m2, double& n, double shift
   merge_moments(mean, m2, n, shift + apart, squares < 0.0 ? 0.0 : squares, count);
 }
 
+// The same of the only block there is; count is a constant there.
+static inline void only_moments(double& mean, double& m2, double& n, double shift, double s1, double s2, double count) {
+  const double apart = s1 * (1.0 / count);
+  const double squares = s2 - s1 * apart;
+  mean = shift + apart;
+  m2 = squares < 0.0 ? 0.0 : squares;
+  n = count;
+}
+
 // ---- integers -------------------------------------------------------------------------------------------------------
 
 // Error bits of a kernel: 1 index out of range, 2 integer division by zero.
