@@ -39,7 +39,7 @@ from dcompile.ir.types import Value
 from dcompile.lower import Extra, Lowered, OnDevice, SizeOf, lower
 from dcompile.options import Options, process_rank
 from dcompile.plan import Plan
-from dcompile.runtime.board import compiling
+from dcompile.runtime.board import announce_compile
 from dcompile.runtime.cache import Cache, cache_key
 from dcompile.runtime.calibrate import calibration_of
 from dcompile.runtime.comm import group_ranks, group_size
@@ -263,9 +263,10 @@ def _build(lowered: Lowered, name: str, options: Options, watch: Watch, graphing
         coming = receive_or(place, key, cache, options.deadline_s, arrived, here)
         return Built(name, compiled(coming), inner=tuple(inner.values()))
     try:
-        with compiling(name):
-            made = _print(lowered, name, options, watch)
+        announce_compile(name)  # until its first call has loaded it
+        made = _print(lowered, name, options, watch)
     except BaseException:
+        announce_compile(None)
         if sharing is not None:
             sharing.finish(None)
         raise

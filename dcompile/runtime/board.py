@@ -120,14 +120,18 @@ class Board:
 @contextmanager
 def compiling(what: str) -> Iterator[None]:
     """While the block runs, ranks that wait for this one can see that it compiles ``what``."""
-    here = board()
-    if here is not None:
-        here.post(Notice("compiles", what, launched=FLIGHTS.launched(), agreed=dict(here.agreed)))
+    announce_compile(what)
     try:
         yield
     finally:
-        if here is not None:
-            here.post(None)
+        announce_compile(None)
+
+
+def announce_compile(what: str | None) -> None:
+    """Let ranks that wait for this one see that it compiles ``what``; None: that it does not any more."""
+    if (here := board()) is not None:
+        launched, agreed = FLIGHTS.launched(), dict(here.agreed)
+        here.post(None if what is None else Notice("compiles", what, launched=launched, agreed=agreed))
 
 
 class Lookout:

@@ -47,12 +47,12 @@ class Place:
         store: shared by all ranks, on a connection of its own.
         rank, world: of this process.
         identity: of this rank's cache folder; "" if it has none to share.
-        silence_s: when a silent builder is given up.
+        silence_s: when a silent builder is given up; None for ``SILENCE_S``.
     """
 
-    def __init__(self, store: Any, rank: int, world: int, identity: str, silence_s: float = SILENCE_S) -> None:
+    def __init__(self, store: Any, rank: int, world: int, identity: str, silence_s: float | None = None) -> None:
         self._store, self._rank, self._world = store, rank, world
-        self._identity, self._silence_s = identity, silence_s
+        self._identity, self._silence_s = identity, SILENCE_S if silence_s is None else silence_s
         store.set(f"{PREFIX}/cache/{rank}", identity or f"none {rank}")
 
     def join(self, key: str) -> Building | None:
