@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import Counter
@@ -40,6 +41,11 @@ class Counters:
     stage: str = ""
 
 
+_LOG = logging.getLogger("dcompile")
+_OWN_OPS = ("aten.", "prims.")
+"""Ops that could have a rule. Others are the user's own: that they stay library calls is what was asked for."""
+
+
 class Tally:
     """The running totals behind ``dcompile.counters()``; safe to use from several threads."""
 
@@ -47,6 +53,7 @@ class Tally:
         self._lock = threading.Lock()
         self._now = Counters()
         self._stages: list[str] = []
+        self._told: set[str] = set()
         self._open = threading.local()  # seconds spent in inner blocks, for each block this thread is in
 
     def add(self, **amounts: int) -> None:
@@ -55,6 +62,13 @@ class Tally:
 
     def add_fallbacks(self, names: Counter[str]) -> None:
         with self._lock:
+            for name in names.keys() - self._told:
+                self._told.add(name)
+                _LOG.log(
+                    logging.WARNING if name.startswith(_OWN_OPS) else logging.INFO,
+                    "%s has no lowering rule and stays a library call (said once)",
+                    name,
+                )
             self._now = replace(self._now, fallbacks=self._now.fallbacks + names)
 
     @contextmanager

@@ -27,7 +27,8 @@ class Unsupported(DCompileError):
 
     def __init__(self, origin: HasSource | None, what: str, instead: str) -> None:
         where = origin.source if origin is not None and origin.source else "<unknown line>"
-        super().__init__(f"{where}: {what} is not supported. Instead: {instead}")
+        stack = getattr(origin, "stack", "")
+        super().__init__(f"{where}: {what} is not supported. Instead: {instead}" + (f"\n{stack}" if stack else ""))
         self.origin = origin
         self.what = what
         self.instead = instead

@@ -87,6 +87,7 @@ class GraphExplanation:
         for position, call in sorted(kernels.calls.items()):
             origin = plan.graph.nodes[position].origin
             parts.append(f"  {position:4d} {call.function}  {', '.join(origin.ops)[:120]}  {origin.source}")
+            parts += [f"         {line}" for line in origin.stack.splitlines()]
         return "\n".join(parts)
 
 

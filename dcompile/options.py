@@ -40,6 +40,7 @@ class Options:
         verify_cross_rank: exchange plan fingerprints between ranks before the first launch.
         cxx: C++ compiler command; None searches ``$CXX``, ``g++``, ``clang++``.
         assert_layouts: the first call of a program checks what library calls return against what it was compiled for.
+        tracebacks: keep the frames that led to each node, for errors and ``explain``.
         timeline: record start and end of every step at run time.
         freeze: weights of inference graphs rarely change: those of large CPU convolutions and linear layers are packed
             for oneDNN and MKL once, with elementwise epilogues inside the call, whose relu and clamps do not keep NaN.
@@ -62,6 +63,7 @@ class Options:
     cxx: str | None = None
     timeline: bool = False
     assert_layouts: bool = True
+    tracebacks: bool = False
     cuda_graphs: bool = False
     freeze: bool = False
 
@@ -124,7 +126,15 @@ def _parse(name: str, text: str, variable: str) -> Any:
             return int(text)
         if name == "deadline_s":
             return float(text)
-        if name in ("verify_cross_rank", "assert_layouts", "timeline", "cuda_graphs", "compile_once", "freeze"):
+        if name in (
+            "verify_cross_rank",
+            "assert_layouts",
+            "tracebacks",
+            "timeline",
+            "cuda_graphs",
+            "compile_once",
+            "freeze",
+        ):
             return {"0": False, "1": True, "false": False, "true": True}[text.lower()]
         return text
     except (ValueError, KeyError):

@@ -222,7 +222,7 @@ def compile_graph(gm: fx.GraphModule, name: str, options: Options, graphing: Gra
     if options.progress_dir is not None:
         report_progress(options.progress_dir, process_rank(), lambda: TALLY.snapshot().stage)
     with watch.stage("lower"):
-        lowered = lower(gm, name.rstrip("0123456789"), options.eager_ops, group_size)
+        lowered = lower(gm, name.rstrip("0123456789"), options.eager_ops, group_size, options.tracebacks)
     if reason := next((why for g in programs_of(lowered.graph) if (why := _why_no_kernels(g, options))), None):
         return _op_by_op(gm, name, reason, lowered, options)
     return _build(lowered, name, options, watch, graphing)

@@ -102,14 +102,17 @@ class Origin:
     Attributes:
         ops: names of the source-graph ops it was made from, e.g. ``("aten.exp.default",)``; unions after fusion.
         source: the user's line, ``"train.py:41"``, or "" when unknown.
+        stack: the frames that led there, as Python prints them; "" unless ``Options.tracebacks`` asks for them.
     """
 
     ops: tuple[str, ...] = ()
     source: str = ""
+    stack: str = ""
 
     def __or__(self, other: Origin) -> Origin:
-        """The union: ops in order without repeats, the first known source line."""
-        return Origin(tuple(dict.fromkeys(self.ops + other.ops)), self.source or other.source)
+        """The union: ops in order without repeats, the first known source line and the stack that goes with it."""
+        first = self if self.source else other
+        return Origin(tuple(dict.fromkeys(self.ops + other.ops)), first.source, first.stack)
 
 
 @dataclass(frozen=True)

@@ -87,6 +87,7 @@ def lower(
     name: str,
     eager_ops: frozenset[str] = frozenset(),
     group_size: Callable[[Any], int] = no_group_size,
+    tracebacks: bool = False,
 ) -> Lowered:
     """Lower a traced program.
 
@@ -95,11 +96,12 @@ def lower(
         name: name of the graph.
         eager_ops: ops that stay library calls, as ``"aten.exp.default"`` or ``"exp"``.
         group_size: number of ranks of a process group; asked only where the op itself does not tell.
+        tracebacks: origins keep the frames that led to each node.
 
     Raises:
         Unsupported: naming the user's line, for what neither a rule nor a library call can express.
     """
-    return _Walker(gm, eager_ops, group_size).run(name)
+    return _Walker(gm, eager_ops, group_size, tracebacks).run(name)
 
 
 def checked(op: str, found: Any) -> Any:
@@ -119,9 +121,12 @@ def checked(op: str, found: Any) -> Any:
 
 
 class _Walker:
-    def __init__(self, gm: fx.GraphModule, eager_ops: frozenset[str], group_size: Callable[[Any], int]) -> None:
+    def __init__(
+        self, gm: fx.GraphModule, eager_ops: frozenset[str], group_size: Callable[[Any], int], tracebacks: bool
+    ) -> None:
         self.gm = gm
         self.eager_ops = eager_ops
+        self.tracebacks = tracebacks
         self.lowering = Lowering(set(SEED_NAMES.values()), group_size)
         self.numbers = Numbers(self.lowering)
         self.env: dict[fx.Node, Any] = {}
@@ -133,7 +138,7 @@ class _Walker:
 
     def lower_program(self, gm: fx.GraphModule, name: str, layouts: Layouts) -> Lowered:
         """A program that this one calls."""
-        return _Walker(gm, self.eager_ops, self.lowering.group_size).run(name, layouts)
+        return _Walker(gm, self.eager_ops, self.lowering.group_size, self.tracebacks).run(name, layouts)
 
     def constant(self, name: str, tensor: torch.Tensor) -> Value:
         """A constant tensor as an operand."""
@@ -151,7 +156,8 @@ class _Walker:
         for node in self.gm.graph.nodes:
             source = node.meta.get("dcompile_source", "")
             lowering.node = node
-            lowering.origin = lowering.sizes.origin = Origin((str(node.target),), source)
+            stack = str(node.meta.get("stack_trace") or "").rstrip() if self.tracebacks else ""
+            lowering.origin = lowering.sizes.origin = Origin((str(node.target),), source, stack)
             if node.op == "placeholder":
                 self.env[node] = self.placeholder(node)
             elif node.op == "get_attr":

@@ -34,6 +34,7 @@ READ = {
     "verify_cross_rank": ("VERIFY_CROSS_RANK", "0", False),
     "cxx": ("CXX", "clang++ -v", "clang++ -v"),
     "assert_layouts": ("ASSERT_LAYOUTS", "0", False),
+    "tracebacks": ("TRACEBACKS", "1", True),
     "timeline": ("TIMELINE", "TRUE", True),
     "cuda_graphs": ("CUDA_GRAPHS", "1", True),
     "freeze": ("FREEZE", "1", True),
