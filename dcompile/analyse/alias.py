@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import sympy
 
+from dcompile.analyse.remember import once_a_graph
 from dcompile.collectives.nodes import Pending, Start, Wait
 from dcompile.errors import CompilerBug
 from dcompile.ir.graph import Graph
@@ -221,6 +222,7 @@ class Footprint:
         return self.start < other.stop and other.start < self.stop
 
 
+@once_a_graph
 def footprints(graph: Graph) -> dict[str, Footprint]:
     """The footprint of every tensor name.
 

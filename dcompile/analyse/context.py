@@ -5,8 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from dcompile.analyse.cost import CostModel
+from dcompile.ir.nodes import Node
 from dcompile.options import Options
 from dcompile.plan import Verdict
+
+NodePrices = dict[int, tuple[Node, float]]
+"""Microseconds by ``id(node)``, for graphs that have nodes in common; holds the nodes so that ids stay theirs."""
 
 
 @dataclass
@@ -17,11 +21,13 @@ class Context:
         options: the compile's options.
         costs: prices of kernels, library calls and collectives, in microseconds.
         verdicts: decisions so far, in the order they were taken.
+        prices: those of nodes that were asked for before; graphs have most nodes in common.
     """
 
     options: Options
     costs: CostModel
     verdicts: list[Verdict] = field(default_factory=list)
+    prices: NodePrices = field(default_factory=dict)
 
     def verdict(self, stage: str, subject: str, decision: str, reason: str) -> None:
         """Record what ``stage`` decided about ``subject`` and why; shown by ``DCOMPILE_SHOW=verdicts``."""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from dcompile.analyse.alias import Footprint, footprints, storage_roots
+from dcompile.analyse.remember import once_a_graph
 from dcompile.collectives.nodes import Start, Wait
 from dcompile.ir.graph import Graph
 from dcompile.ir.nodes import Extern, Node, View
@@ -13,6 +14,7 @@ from dcompile.ir.symbolic import Knowledge, is_check, learned, symbols_of
 from dcompile.ir.types import Number
 
 
+@once_a_graph
 def predecessors(graph: Graph) -> tuple[frozenset[int], ...]:
     """Direct predecessors of each node, as positions in program order.
 
@@ -30,10 +32,10 @@ def predecessors(graph: Graph) -> tuple[frozenset[int], ...]:
     """
     tables = _Tables()
     numbers = Knowledge(graph)
-    roots = storage_roots(graph)
     found: list[frozenset[int]] = []
+    touched = touched_by_node(graph)
     for position, node in enumerate(graph.nodes):
-        reads, writes = touched_roots(graph, node, roots)
+        reads, writes = touched[position]
         before = {graph.producer[name] for name in node.operands if name in graph.producer}
         before |= tables.memory(position, reads, writes)
         before |= tables.sequence(position, node)
@@ -41,6 +43,13 @@ def predecessors(graph: Graph) -> tuple[frozenset[int], ...]:
         before.discard(position)
         found.append(frozenset(before))
     return tuple(found)
+
+
+@once_a_graph
+def touched_by_node(graph: Graph) -> list[tuple[set[str], set[str]]]:
+    """``touched_roots`` of every node, by position."""
+    roots = storage_roots(graph)
+    return [touched_roots(graph, node, roots) for node in graph.nodes]
 
 
 def touched_roots(graph: Graph, node: Node, roots: dict[str, str]) -> tuple[set[str], set[str]]:
@@ -114,8 +123,8 @@ def is_legal(graph: Graph, order: Sequence[int]) -> bool:
     """
     if sorted(order) != list(range(len(graph.nodes))):
         return False
-    roots, prints = storage_roots(graph), footprints(graph)
-    accesses = [touched_roots(graph, node, roots) for node in graph.nodes]
+    prints = footprints(graph)
+    accesses = touched_by_node(graph)
     expected = _epochs(range(len(graph.nodes)), accesses)
     return (
         _defined_before_use(graph, order)
@@ -249,4 +258,4 @@ class _Held:
         )
 
 
-__all__ = ["is_legal", "predecessors", "touched_roots"]
+__all__ = ["is_legal", "predecessors", "touched_by_node", "touched_roots"]

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, TypeAlias, TypeVar
 
 import sympy
@@ -335,12 +336,12 @@ class Extern(Node):
     nested: bool = False
     promises: tuple[tuple[int, Size | float | bool], ...] = ()
 
-    @property
-    def defs(self) -> tuple[Def, ...]:
+    @cached_property
+    def defs(self) -> tuple[Def, ...]:  # type: ignore[override]
         return (*(out for out in self.outs if out is not None), *self.versions, *self.binds)
 
-    @property
-    def operands(self) -> tuple[str, ...]:
+    @cached_property
+    def operands(self) -> tuple[str, ...]:  # type: ignore[override]
         found: dict[str, None] = {}
         for arg in (*self.args, *(value for _, value in self.kwargs)):
             _refs(arg, found)

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dcompile.analyse.alias import storage_roots
-from dcompile.analyse.dependence import touched_roots
+from dcompile.analyse.dependence import touched_by_node
+from dcompile.analyse.remember import once_a_graph
 from dcompile.collectives.nodes import Start
 from dcompile.ir.graph import Graph, hint
 from dcompile.ir.index import as_size
@@ -27,6 +28,7 @@ class Footing:
     users: tuple[int, ...]
 
 
+@once_a_graph
 def footing(graph: Graph) -> Footing:
     """Storages of ``graph`` by node; those of inputs are left out."""
     roots = storage_roots(graph)
@@ -34,8 +36,7 @@ def footing(graph: Graph) -> Footing:
     number = {root: n for n, root in enumerate(owned)}
     users = [0] * len(owned)
     touched = []
-    for node in graph.nodes:
-        reads, writes = touched_roots(graph, node, roots)
+    for node, (reads, writes) in zip(graph.nodes, touched_by_node(graph), strict=True):
         names = reads | writes
         if isinstance(node, Start) and not node.pending.in_place:
             names |= {result.name for result in node.pending.results}

@@ -72,7 +72,7 @@ def overlap(graph: Graph, ctx: Context) -> Graph:
     if not any(isinstance(node, Start) for node in graph.nodes):
         ctx.verdict(STAGE, graph.name, "program order", "no collectives")
         return graph
-    problem = prepare(graph, ctx.costs)
+    problem = prepare(graph, ctx.costs, ctx.prices)
     program = program_order(problem)
     bound_us = lower_bound(problem)
     best = best_schedule(problem, program, bound_us, ctx.options.in_flight_bytes)

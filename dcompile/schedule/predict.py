@@ -18,11 +18,11 @@ def predict(graph: Graph, ctx: Context, before: Graph | None = None) -> Predicti
     Args:
         before: the same nodes before scheduling, for ``program_order_us``; None if ``graph`` was not reordered.
     """
-    problem = prepare(graph, ctx.costs)
+    problem = prepare(graph, ctx.costs, ctx.prices)
     run = simulate(problem, range(len(graph.nodes)))
     program_us = run.makespan
     if before is not None:
-        program_us = simulate(prepare(before, ctx.costs), range(len(before.nodes))).makespan
+        program_us = simulate(prepare(before, ctx.costs, ctx.prices), range(len(before.nodes))).makespan
     return Prediction(
         makespan_us=run.makespan,
         program_order_us=max(program_us, run.makespan),

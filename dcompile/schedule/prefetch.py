@@ -13,12 +13,13 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
 
+from dcompile.analyse.context import NodePrices
 from dcompile.analyse.cost import CostModel
 from dcompile.ir.graph import Graph
 from dcompile.ir.kernel import Kernel
 from dcompile.ir.nodes import Node, Pack, Pointwise, View
 from dcompile.schedule.merge import true_predecessors
-from dcompile.schedule.simulate import NodePrices, Problem, prepare
+from dcompile.schedule.simulate import Problem, prepare
 
 AHEAD = 2.0
 """A launch stands this many transfer times before its first reader: reductions share the lane, and compute beside a
@@ -50,6 +51,8 @@ def prefetch(graph: Graph, costs: CostModel, prices: NodePrices | None = None) -
         for position in chain if place < start else [start]:
             key[position] = min(key[position], (place, 0)) if position != start else (place, 0)
     order = sorted(range(len(graph.nodes)), key=lambda position: (*key[position], position))
+    if order == list(range(len(order))):
+        return graph
     return graph.with_nodes(tuple(graph.nodes[position] for position in order)).check()
 
 

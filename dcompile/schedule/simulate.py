@@ -12,20 +12,17 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from dcompile.analyse.context import NodePrices
 from dcompile.analyse.cost import CostModel
 from dcompile.analyse.dependence import predecessors
 from dcompile.collectives.nodes import Start, Wait
 from dcompile.ir.graph import Graph, hint
 from dcompile.ir.index import as_size
-from dcompile.ir.nodes import Node
 
 MAX_CONTENTION = 0.95
 """Compute never stands still for a transfer beside it, even where the cost model says that nothing is hidden (gloo on
 a full machine): part of every transfer is waiting for the other side. The 5 % left are a deliberate choice: between two
 schedules that are equal but for this, the one that overlaps is right wherever the machine has a core to spare."""
-
-NodePrices = dict[int, tuple[Node, float]]
-"""Microseconds by ``id(node)``, for graphs that have nodes in common; holds the nodes so that ids stay theirs."""
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from dcompile.ir.nodes import Pack
 from dcompile.options import Options
 from dcompile.reference import run_reference
 from dcompile.schedule.bucket import bucket_collectives
+from dcompile.schedule.overlap import overlap, predict
 from tests.strategies import assert_same, copy_inputs, random_inputs
 
 WHOLE = 2**30
@@ -299,3 +300,34 @@ def test_the_last_bucket_is_not_made_so_large_that_it_ends_exposed() -> None:
 def test_a_graph_with_one_collective_is_left_alone() -> None:
     ctx, before = context(), parse_graph(chain(1))
     assert bucket_collectives(before, ctx) is before
+
+
+def deep(layers: int, rows: int) -> Graph:
+    """A backward pass: the product of each layer, a gradient of ``rows * 64`` floats and its all-reduce."""
+    size, each = f"f32[{rows}, {rows}]", f"f32[{rows}, 64]"
+    nodes = "".join(
+        f"d{n + 1}: {size} = extern aten.mm.default(%d{n}, %w) -> aten.mm.out\n"
+        f"g{n}: {each} = extern aten.mm.default(%d{n + 1}, %x) -> aten.mm.out\n"
+        f"p{n}: pending (r{n}: {each}) = start all_reduce.sum (g{n}) @g0[2]\n"
+        f"r{n}: {each} = wait p{n}\n"
+        for n in range(layers)
+    )
+    head = f"graph f(d0: {size}, w: {size}, x: {each})"
+    return parse_graph(f"{head} {{\n{nodes}return {', '.join(f'%r{n}' for n in range(layers))}\n}}").check()
+
+
+@pytest.mark.parametrize("rows", [64, 512, 1024])
+@pytest.mark.parametrize("full_search", [True, False])
+def test_the_chosen_size_is_no_worse_than_usual_ones(
+    rows: int, full_search: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dcompile.schedule.bucket.FULL_SEARCH_NODES", 10**6 if full_search else 0)
+    before, layers = deep(12, rows), 12
+
+    def predicted_us(bucket_bytes: int | None) -> float:
+        ctx = Context(Options(bucket_bytes=bucket_bytes), CostModel.analytical("cpu", 2))
+        return predict(overlap(bucket_collectives(before, ctx), ctx), ctx).makespan_us
+
+    layer = rows * 64 * 4
+    usual = [predicted_us(limit) for limit in (1, layer, 3 * layer, layers * layer)]
+    assert predicted_us(None) <= 1.05 * min(usual), usual
