@@ -4,11 +4,11 @@
     step = torch.compile(model, backend="dcompile")
 
 Public names: ``compile``, ``calibrate``, ``Options``, ``data_parallel``, ``fully_sharded``, ``explain``, ``counters``,
-``reset_counters``, ``communication_summary``.
+``reset_counters``, ``communication_summary``, ``trace``.
 """
 
 from dcompile.backend import calibrate, compile, counters, dcompile, reset_counters
-from dcompile.explanation import CommunicationSummary, Explanation, communication_summary, explain
+from dcompile.explanation import CommunicationSummary, Explanation, communication_summary, explain, trace
 from dcompile.options import Options
 from dcompile.parallel import data_parallel
 from dcompile.sharded import fully_sharded
@@ -28,4 +28,5 @@ __all__ = [
     "explain",
     "fully_sharded",
     "reset_counters",
+    "trace",
 ]

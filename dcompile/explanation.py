@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from dcompile.backend import backend
 from dcompile.capture import every_recompile, graph_breaks, tensors_in
+from dcompile.communication import CollectiveRow, collective_rows, table, trace_events
 from dcompile.ir.nodes import Extern
-from dcompile.options import Options
+from dcompile.options import Options, process_rank
 from dcompile.pipeline import Built
 from dcompile.plan import Plan
-from dcompile.runtime.timeline import last_timelines
+from dcompile.runtime.timeline import RECORDER, Timeline, last_timelines
 from dcompile.watch import describe_memory, describe_schedule, describe_verdicts
 
 
@@ -25,9 +28,16 @@ class GraphExplanation:
 
     Attributes:
         built: both generated programs, the plan and the compile time by stage.
+        recorded: its last call, step by step; None if it was not called.
     """
 
     built: Built
+    recorded: Timeline | None = None
+
+    @property
+    def collectives(self) -> tuple[CollectiveRow, ...]:
+        """Each collective: bytes, group, predicted and measured microseconds, what hides it."""
+        return collective_rows(self.plan, self.recorded) if self.plan else ()
 
     @property
     def name(self) -> str:
@@ -79,6 +89,7 @@ class GraphExplanation:
             f"{sum(self.library_calls.values())} library calls",
             f"stages: {stages}",
             describe_schedule(plan),
+            *filter(None, [table(self.collectives)]),
             describe_memory(plan).splitlines()[0],
             "library calls: " + _counted(self.library_calls),
             "fallbacks: " + _counted(self.fallbacks),
@@ -126,12 +137,40 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
     that the backward graph is seen too; ``.grad`` is not touched.
     """
     seen: list[Built] = []
-    options = replace(Options.from_env(), cache_dir=None)
+    options = replace(Options.from_env(), cache_dir=None, timeline=True)
     before = graph_breaks()
     with every_recompile():
         result = torch.compile(function, backend=backend(options, seen.append))(*args, **kwargs)
         _run_backward(result)
-    return Explanation(tuple(map(GraphExplanation, seen)), graph_breaks() - before, result)
+    calls = {timeline.program: timeline for timeline in last_timelines()}
+    graphs = tuple(GraphExplanation(built, calls.get(built.name)) for built in seen)
+    return Explanation(graphs, graph_breaks() - before, result)
+
+
+def trace(path: str | Path, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Compile ``function`` for these arguments, run it, and write a trace of its second run to ``path``.
+
+    The trace is Chrome trace JSON, which Perfetto shows: what ran when, measured and predicted, one lane for compute
+    and one for each group, and the exposed communication with its reasons. Each rank writes its own file; ``{rank}``
+    in ``path`` stands for its number. Like ``explain`` this really runs the function, with gradients if it has some.
+
+    Returns:
+        What the second run returned.
+    """
+    seen: list[Built] = []
+    options = replace(Options.from_env(), cache_dir=None, timeline=True)
+    compiled = torch.compile(function, backend=backend(options, seen.append))
+    with every_recompile():
+        for _ in range(2):
+            before = RECORDER.begun
+            result = compiled(*args, **kwargs)
+            _run_backward(result)
+    plans = {built.name: built.plan for built in seen}
+    new = RECORDER.begun - before
+    calls = [(plans.get(timeline.program), timeline) for timeline in last_timelines()[-new:]] if new else []
+    text = json.dumps({"traceEvents": trace_events(calls), "displayTimeUnit": "ms"})
+    Path(str(path).replace("{rank}", str(process_rank()))).write_text(text)
+    return result
 
 
 def _run_backward(result: Any) -> None:

@@ -122,15 +122,17 @@ class Clock:
 
 
 class Recorder:
-    """Keeps the timelines of the last ``KEPT_CALLS`` calls."""
+    """Keeps the timelines of the last ``KEPT_CALLS`` calls; ``begun`` counts all."""
 
     def __init__(self, kept: int = KEPT_CALLS) -> None:
         self.timelines: deque[Timeline] = deque(maxlen=kept)
+        self.begun = 0
 
     def begin(self, program: str, steps: Sequence[tuple[str, str]]) -> Clock:
         """Start a timeline; it is listed at once and filled as the call runs."""
         timeline = Timeline(program, time.perf_counter())
         self.timelines.append(timeline)
+        self.begun += 1
         return Clock(timeline, steps)
 
 
