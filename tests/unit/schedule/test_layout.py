@@ -17,6 +17,25 @@ def test_a_free_value_is_stored_in_the_order_of_its_largest_input() -> None:
     assert_same_numbers(parse_graph(before), choose_layouts(parse_graph(before), context()))
 
 
+def test_readers_have_a_say_by_their_bytes() -> None:
+    text = """
+    graph f(x: f32[4, 6], y: f32[4, 6]{1, 4}, z: f32[6, 4]) {
+      a: f32[4, 6] = pointwise (i0: 4, i1: 6) exp(x[i0, i1])
+      b: f32[6, 4] = pointwise (i0: 6, i1: 4) a[i1, i0] * z[i0, i1]
+      return %b
+    }"""
+    after = text.replace("a: f32[4, 6] =", "a: f32[4, 6]{1, 4} =")  # z and b against x
+    assert apply(choose_layouts, text) == same(after)
+    assert_same_numbers(parse_graph(text), choose_layouts(parse_graph(text), context()))
+    tie = """
+    graph f(x: f32[4, 6]) {
+      a: f32[4, 6] = pointwise (i0: 4, i1: 6) exp(x[i0, i1])
+      b: f32[6, 4] = pointwise (i0: 6, i1: 4) a[i1, i0] * 2.0:f32
+      return %b
+    }"""
+    assert apply(choose_layouts, tie) == same(tie)
+
+
 def test_what_others_see_keeps_eagers_layout() -> None:
     text = """
     graph f(x: f32[4, 6]{1, 4}, p: f32[4, 6]) {
