@@ -86,9 +86,11 @@ def _plain(name: str, args: tuple[str, ...], operand: DType) -> str:
 def _convert(text: str, source: DType, result: DType) -> str:
     if result is DType.BOOL:
         return f"{text} != 0"
+    if source is DType.BOOL and result.is_float:  # a choice: GCC 12 gives up vectorising a loop at the conversion
+        suffix = "" if result is DType.F64 else "f"
+        return f"({text} ? 1.0{suffix} : 0.0{suffix})"
     if result.is_low_precision:
-        exact = source is DType.BOOL or source is result
-        return f"(float)({text})" if exact else f"dc::round_{result.value}((float)({text}))"
+        return f"(float)({text})" if source is result else f"dc::round_{result.value}((float)({text}))"
     if source.is_float and result is DType.U8:  # through a signed type, so that -1.0 wraps to 255
         return f"(uint8_t)(int64_t)({text})"
     if source.is_float and result.is_int and result.itemsize < 4:
