@@ -34,6 +34,14 @@ class Unsupported(DCompileError):
         self.instead = instead
 
 
+class OutOfRange(IndexError, RuntimeError):
+    """An index in the user's data is out of range. Eager raises the one or the other, op by op; this is both."""
+
+
+class DividedByZero(ZeroDivisionError, RuntimeError):
+    """The user's program divided an integer by zero. Eager raises a RuntimeError of that name; this is both."""
+
+
 class CompilerBug(DCompileError):
     """A stage broke its contract. Never the user's fault; the message names the stage and the broken rule."""
 

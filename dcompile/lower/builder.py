@@ -15,6 +15,7 @@ from dcompile.errors import Unsupported
 from dcompile.ir import expr as ex
 from dcompile.ir.index import symbol
 from dcompile.ir.nodes import Axis, Extern, Node, Pointwise, Reduction, Store, View
+from dcompile.ir.symbolic import CHECK
 from dcompile.ir.types import DType, Number, Origin, Size, Value, contiguous_stride
 from dcompile.lower.flight import Flights
 from dcompile.lower.sizes import Sizes
@@ -157,6 +158,10 @@ class Lowering:
             self._of_inputs.add(new.name)
         self._newer[old.name] = new
 
+    def depends_on_data(self, size: Any) -> bool:
+        """Whether the program learns ``size`` only while it runs, so that its hint decides nothing."""
+        return isinstance(size, sympy.Expr) and bool(size.free_symbols & self.learned)
+
     def is_input(self, value: Value) -> bool:
         """Whether ``value``, which is no view, is an input or a later version of one."""
         return value.name in self._of_inputs
@@ -280,6 +285,10 @@ class Lowering:
         """A library call on purpose (not a fallback) with one result."""
         self.emit(Extern(outs=(out,), op=op, args=args, kwargs=kwargs, out_op=out_op, origin=self.origin))
         return out
+
+    def check(self, fact: tuple[Size, str, Size], message: str) -> None:
+        """The program raises ``message`` where the two sides do not stand so (``ir.symbolic.RELATIONS``)."""
+        self.emit(Extern(outs=(), op=CHECK, args=(*fact, message), effect=True, origin=self.origin))
 
     def wait(self, wait: Wait) -> None:
         self.emit(wait)

@@ -190,9 +190,17 @@ def _operator(name: str) -> tuple[str, str]:
     return f"__{name}__.Tensor", f"__{name}__.Scalar"
 
 
+_OF_BITS = frozenset({"and", "or", "xor", "shl", "shr"})
+
+
 def _register_binary() -> None:
     def make(name: str) -> Callable[[Lowering, Any, Any], Value]:
-        return lambda b, x, y: elementwise(b, lambda v, w: op(name, v, w), x, y)
+        def apply(b: Lowering, x: Any, y: Any) -> Value:
+            if name in _OF_BITS and b.out.dtype.is_float:
+                raise NoRule  # the library says why it cannot
+            return elementwise(b, lambda v, w: op(name, v, w), x, y)
+
+        return apply
 
     for name, ops in {
         "mod": ("remainder.Tensor", "remainder.Scalar", "remainder.Scalar_Tensor"),
@@ -243,8 +251,8 @@ def power(v: Expr, exponent: float) -> Expr:
 @rule("pow.Tensor_Scalar")
 def pow_scalar(b: Lowering, x: Any, exponent: Any) -> Value:
     exponent = _number(exponent)
-    if b.out.dtype is DType.BOOL:
-        raise NoRule
+    if b.out.dtype is DType.BOOL or (b.out.dtype.is_int and isinstance(exponent, int | float) and exponent < 0):
+        raise NoRule  # the library refuses integers to negative powers
     return elementwise(b, lambda v: power(v, exponent), x)
 
 

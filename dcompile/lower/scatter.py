@@ -187,6 +187,8 @@ def slice_scatter(
 ) -> Value:
     here, dim = list(loop_index(x.shape)), int(dim) % len(x.shape)
     extent = x.shape[dim]
+    if b.depends_on_data(start):
+        raise NoRule
     first = clamped_start(start, extent, b.sizes)
     last = first + (source.shape[dim] - 1) * step + 1
     conditions = _between(here[dim], first, last, extent)

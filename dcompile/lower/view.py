@@ -8,7 +8,7 @@ from typing import Any
 import sympy
 
 from dcompile.ir.expr import load
-from dcompile.ir.index import FloorDiv, Mod, flatten_index, product, simplify, unflatten
+from dcompile.ir.index import FloorDiv, Mod, as_expr, flatten_index, product, simplify, unflatten
 from dcompile.ir.nodes import Axis
 from dcompile.ir.types import Size, Value, contiguous_stride
 from dcompile.lower.builder import ZERO, Lowering, loop_axes, loop_index
@@ -174,6 +174,8 @@ def clamped_start(start: Any, size: Size, sizes: Sizes) -> Size:
 @rule("slice.Tensor", any_dtype=True)
 def slice_(b: Lowering, x: Value, dim: Any = 0, start: Any = None, end: Any = None, step: Any = 1) -> Value:
     dim = _dim(dim, len(x.shape))
+    if b.depends_on_data(start):
+        raise NoRule
     first = clamped_start(start, x.shape[dim], b.sizes)
     if first == 0 and step == 1 and _same(b.out.shape[dim], x.shape[dim]):
         return x
@@ -183,7 +185,13 @@ def slice_(b: Lowering, x: Value, dim: Any = 0, start: Any = None, end: Any = No
 @rule("select.int", any_dtype=True)
 def select(b: Lowering, x: Value, dim: Any, position: Any) -> Value:
     dim = _dim(dim, len(x.shape))
-    where = position + x.shape[dim] if b.sizes.hint(position) < 0 else position
+    size = x.shape[dim]
+    if b.depends_on_data(position):
+        for fact in ((-size, "<=", position), (position, "<", size)):
+            b.check(fact, f"index out of range: a position in dimension {dim} of {size} elements")
+        where: Size = Mod(position, as_expr(size))  # counts a negative one from the end
+    else:
+        where = position + size if b.sizes.hint(position) < 0 else position
     index = list(loop_index(b.out.shape))
     index.insert(dim, sympy.sympify(where))
     return b.view(b.out, x, tuple(index))

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from dcompile.errors import CompilerBug
+from dcompile.errors import CompilerBug, DividedByZero, OutOfRange
 from dcompile.runtime.arena import Arena, Block, alias
 from dcompile.runtime.comm import Communicator, Handle
 from dcompile.runtime.externs import check_number, check_result, leaves, resolve_op
@@ -124,9 +124,9 @@ class Runtime:
             IndexError: code 1. ZeroDivisionError: code 2. CompilerBug: any other.
         """
         if code == 1:
-            raise IndexError(f"index out of range in {where}")
+            raise OutOfRange(f"index out of range in {where}")
         if code == 2:
-            raise ZeroDivisionError(f"integer division by zero in {where}")
+            raise DividedByZero(f"integer division by zero in {where}")
         raise CompilerBug(f"{self.name}: kernel of {where} returned {code}")
 
     def abandon(self, arena: Arena | None, block: Block | None, handles: Iterable[Handle | None]) -> None:

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 
 import torch
 
-from dcompile.errors import DCompileError, ToolchainError
+from dcompile.errors import DCompileError, DividedByZero, OutOfRange, ToolchainError
 from dcompile.runtime.cubin import resources
 from dcompile.runtime.cuda_driver import enter_context, load_function, primary_context
 from dcompile.runtime.cuda_launch import LaunchPlan, launch_function
@@ -272,11 +272,9 @@ class GpuKernels:
         self._faults.zero_()
         for kernel, code in zip(self._kernels, codes, strict=False):
             if code == INDEX_FAULT:
-                raise IndexError(f"index out of range in {kernel.where}, in an earlier call of {self.name}")
+                raise OutOfRange(f"index out of range in {kernel.where}, in an earlier call of {self.name}")
             if code == DIVISION_FAULT:
-                raise ZeroDivisionError(
-                    f"integer division by zero in {kernel.where}, in an earlier call of {self.name}"
-                )
+                raise DividedByZero(f"integer division by zero in {kernel.where}, in an earlier call of {self.name}")
 
     def _function(self, kernel: Compiled, cubin: bytes, fault: int) -> Callable[..., int]:
         slow: list[Callable[..., int]] = []

@@ -211,7 +211,9 @@ def test_a_reshape_to_a_size_that_depends_on_data() -> None:
         n = t.item()
         return (torch.arange(n * 2).view(n, 2).t().reshape(-1) * 2).view(2, -1)
 
-    chk(program, torch.tensor(5), also=[(torch.tensor(3),)])
+    with torch._dynamo.config.patch(capture_scalar_outputs=True):
+        seen = chk(program, torch.tensor(5), also=[(torch.tensor(3),)])
+    assert len(seen.graphs) == 1  # one program for every size
 
 
 @pytest.mark.row("F11")
@@ -257,7 +259,15 @@ def test_negative_positions() -> None:
 
 @pytest.mark.row("F13")
 def test_a_position_read_from_a_tensor() -> None:
-    chk(lambda x, i: x[i.item()] * 2, torch.randn(6, 3), torch.tensor(-2), also=[(torch.randn(6, 3), torch.tensor(4))])
+    more = [(torch.randn(6, 3), torch.tensor(4))]
+    with torch._dynamo.config.patch(capture_scalar_outputs=True):
+        seen = chk(lambda x, i: x[i.item()] * 2, torch.randn(6, 3), torch.tensor(-2), also=more)
+        compiled = dcompile.compile(lambda x, i: x[i.item()] * 2, cache_dir=None)
+        compiled(torch.randn(6, 3), torch.tensor(5))
+        for far in (6, -7):
+            with pytest.raises((RuntimeError, IndexError), match="out of range"):
+                compiled(torch.randn(6, 3), torch.tensor(far))
+    assert len(seen.graphs) == 1
 
 
 @pytest.mark.row("F14")
