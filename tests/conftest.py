@@ -11,6 +11,7 @@ import pytest
 import torch
 
 hypothesis.settings.register_profile("explore", deadline=None)
+hypothesis.settings.register_profile("long", deadline=None)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 

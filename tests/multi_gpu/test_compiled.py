@@ -123,6 +123,7 @@ def _each_collective(rank: int, dtype: torch.dtype) -> list[tuple[Tensor, Tensor
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.row("S10", "S11")
 def test_every_collective_gives_eagers_result_on_each_rank(dtype: torch.dtype) -> None:
     for pairs in run_ranks(_each_collective, dtype, deadline_s=120):
         for found, expected in pairs:

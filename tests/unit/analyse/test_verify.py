@@ -6,6 +6,8 @@ import random
 import time
 from dataclasses import replace
 
+import pytest
+
 from dcompile.analyse.verify import verify
 from dcompile.collectives.text import parse_graph
 from dcompile.plan import Home, Slot, Storage
@@ -115,6 +117,7 @@ def test_v1_parts_are_written_but_not_the_pack() -> None:
     broken(replace(plan, graph=plan.graph.with_nodes((*parts, reader, pack))), "V1", "step 2", "reads f")
 
 
+@pytest.mark.row("T3")
 def test_v2_a_source_in_flight_is_written() -> None:
     safe = program(kernel("a", "x"), GATHER, WAIT_GATHER, store("a2", "a", "y"), returns="%r, %a2")
     racy = program(kernel("a", "x"), GATHER, store("a2", "a", "y"), WAIT_GATHER, returns="%r, %a2")
@@ -145,6 +148,7 @@ def test_v3_results_are_touched_before_the_wait() -> None:
     broken(make(text, arena={"a": 0, "b": 192, "r": 128}), "V3", "step 2", "writes b", "result of p")
 
 
+@pytest.mark.row("T2")
 def test_v4_an_in_place_buffer_is_touched_in_flight() -> None:
     safe = program(kernel("a", "x"), kernel("b", "a"), IN_PLACE, WAIT, returns="%r, %b")
     racy = program(kernel("a", "x"), IN_PLACE, kernel("b", "a", at="train.py:41"), WAIT, returns="%r, %b")

@@ -79,6 +79,7 @@ graph backward(x: f32[4], y: f32[4]) {
 """
 
 
+@pytest.mark.row("S3")
 def test_a_dying_temporary_is_worked_in() -> None:
     before = parse_graph(FRESH)
     after = donate_sources(before, context())
