@@ -21,6 +21,7 @@ import os
 import queue
 import statistics
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -168,6 +169,9 @@ def parts_of_a_step(step: Callable[..., torch.Tensor], device: torch.device) -> 
 def rank_main(rank: int, world: int, link: str, port: int, given: argparse.Namespace, out: Any) -> None:
     if link == "slow":
         os.environ["NCCL_P2P_DISABLE"] = "1"
+    os.environ["DCOMPILE_CACHE_DIR"] = tempfile.mkdtemp(
+        prefix=f"dcompile-{link}-"
+    )  # prices of this link, cold compiles
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     device = torch.device("cpu") if given.cpu else torch.device("cuda", rank)
@@ -176,6 +180,11 @@ def rank_main(rank: int, world: int, link: str, port: int, given: argparse.Names
     else:
         torch.set_num_threads(1)
     dist.init_process_group("gloo" if given.cpu else "nccl", timeout=datetime.timedelta(seconds=150))
+    if any("ours" in way for way in given.ways):
+        began = time.perf_counter()
+        measured = dcompile.calibrate()
+        if rank == 0:
+            print(f"{link:5} calibrated in {time.perf_counter() - began:.1f} s: {measured}"[:1200], flush=True)
     found: dict[str, dict[str, Any]] = {}
     for model in given.models:
         found[model] = {}
@@ -214,6 +223,8 @@ def run_link(link: str, given: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """What rank 0 has measured so far, each time it has measured one more."""
     world = 2 if given.cpu else torch.cuda.device_count()
     port = 29500 + os.getpid() % 1000 + (link == "slow")
+    # Prices are kept by topology, which does not know how the link was changed; and compiles are cold.
+    os.environ["DCOMPILE_CACHE_DIR"] = tempfile.mkdtemp(prefix=f"dcompile-{link}-")
     context = mp.get_context("spawn")
     out = context.Queue()
     processes = [context.Process(target=rank_main, args=(rank, world, link, port, given, out)) for rank in range(world)]

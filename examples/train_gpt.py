@@ -20,7 +20,7 @@ import signal
 import sys
 import sysconfig
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -70,7 +70,7 @@ class Block(nn.Module):
 
     def __init__(self, shape: Shape, dropout: float) -> None:
         super().__init__()
-        self.heads, self.dropout = shape.heads, dropout
+        self.head_width, self.dropout = shape.width // shape.heads, dropout
         self.norm_attention = nn.LayerNorm(shape.width)
         self.qkv = nn.Linear(shape.width, 3 * shape.width)
         self.merge = nn.Linear(shape.width, shape.width)
@@ -83,7 +83,9 @@ class Block(nn.Module):
         return x + self.drop(self.narrow(F.gelu(self.widen(self.norm_mlp(x)))))
 
     def attend(self, x: Tensor) -> Tensor:
-        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, dim=-1))
+        # q, k and v of a head lie side by side, so that heads can be spread over ranks (tensor parallel)
+        parts = self.qkv(x).unflatten(-1, (-1, 3, self.head_width)).unbind(-2)
+        q, k, v = (part.transpose(1, 2) for part in parts)
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.merge(mixed.transpose(1, 2).flatten(-2))
 
@@ -142,7 +144,10 @@ def batch_of(text: Tensor, batch: int, context: int, *, seed: int, rank: int, st
 # ------------------------------------------------------------------------------------------------------- the training
 
 
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
+Wrap = Callable[[nn.Module, argparse.Namespace, torch.device], nn.Module]
+
+
+def parse(argv: list[str] | None = None, extend: Callable[..., object] = lambda add: None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--backend", choices=("eager", "dcompile", "inductor"), default="dcompile")
@@ -162,6 +167,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add(
         "--resume", action="store_true", help="continue from the newest checkpoint in --checkpoint-dir, if there is one"
     )
+    parser.set_defaults(tensor=1)  # ranks that share one copy of the model
+    extend(add)
     given = parser.parse_args(argv)
     if given.resume and given.checkpoint_dir is None:
         parser.error("--resume needs --checkpoint-dir")
@@ -199,18 +206,14 @@ def ranks() -> Iterator[tuple[int, int, torch.device]]:
     dist.destroy_process_group()
 
 
-def parallel(model: nn.Module, backend: str, device: torch.device, *, timeline: bool = False) -> nn.Module:
-    """The model as it is called in training: data parallel if there are several ranks, compiled by the backend.
-
-    Args:
-        timeline: let dcompile record when each step and each collective runs.
-    """
-    distributed = dist.is_initialized()
+def parallel(model: nn.Module, given: argparse.Namespace, device: torch.device) -> nn.Module:
+    """The model as it is called in training: data parallel if there are several ranks, compiled by the backend."""
+    distributed, backend = dist.is_initialized(), given.backend
     if backend == "dcompile":
         import dcompile
 
         wrapped = dcompile.data_parallel(model) if distributed else model
-        return torch.compile(wrapped, backend="dcompile", options={"timeline": timeline})
+        return torch.compile(wrapped, backend="dcompile", options={"timeline": True})
     if distributed:
         wrapped = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
     else:
@@ -419,14 +422,28 @@ def communication_hidden(backend: str) -> str:
     )
 
 
-def train(given: argparse.Namespace, rank: int, world: int, device: torch.device) -> int:
-    """Returns the exit code."""
+def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
+    """The parameters by the device mesh they are spread over: one fused update takes tensors of one mesh."""
+    groups: dict[Any, list[nn.Parameter]] = {}
+    for parameter in model.parameters():
+        groups.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter)
+    return [{"params": parameters} for parameters in groups.values()]
+
+
+def train(given: argparse.Namespace, rank: int, world: int, device: torch.device, wrap: Wrap) -> int:
+    """Returns the exit code.
+
+    Args:
+        wrap: makes of the model, the command line and the device what is called in training.
+    """
     shape = shape_of(given)
     torch.manual_seed(given.seed)
     model = GPT(shape, given.dropout).to(device)
-    called = parallel(model, given.backend, device, timeline=True)
-    torch.manual_seed(given.seed + 1 + rank)  # dropout differs between ranks
-    optimizer = torch.optim.AdamW(model.parameters(), lr=given.lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    called = wrap(model, given, device)
+    readers = world // given.tensor
+    reader = rank // given.tensor
+    torch.manual_seed(given.seed + 1 + reader)  # dropout differs between ranks that see different data
+    optimizer = torch.optim.AdamW(parameter_groups(model), lr=given.lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     folder = given.checkpoint_dir
     checkpoints = Checkpoints(folder, model, optimizer, given.checkpoint_async) if folder else None
     first = checkpoints.load() if checkpoints and given.resume else 0
@@ -434,7 +451,7 @@ def train(given: argparse.Namespace, rank: int, world: int, device: torch.device
     text = standard_library()
     parameters = sum(parameter.numel() for parameter in model.parameters())
     with (
-        Display(rank, first, given.steps, given.batch * shape.context * world) as display,
+        Display(rank, first, given.steps, given.batch * shape.context * readers) as display,
         contextlib.ExitStack() as files,
     ):
         display.say(
@@ -444,7 +461,7 @@ def train(given: argparse.Namespace, rank: int, world: int, device: torch.device
         log = files.enter_context(log_from(given.loss_log, first)) if given.loss_log and rank == 0 else None
         for step in range(first, given.steps):
             began = time.perf_counter()
-            batch = batch_of(text, given.batch, shape.context, seed=given.seed, rank=rank, step=step)
+            batch = batch_of(text, given.batch, shape.context, seed=given.seed, rank=reader, step=step)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, given)
             loss = called(*(part.to(device) for part in batch))
@@ -472,10 +489,18 @@ def train(given: argparse.Namespace, rank: int, world: int, device: torch.device
     return 0
 
 
-def main(argv: list[str] | None = None) -> int:
-    given = parse(argv)
+def main(argv: list[str] | None = None, wrap: Wrap = parallel, extend: Callable[..., object] = lambda add: None) -> int:
+    """Runs the command line.
+
+    Args:
+        wrap: see ``train``.
+        extend: adds arguments; called with the parser's ``add_argument``.
+    """
+    given = parse(argv, extend)
     with ranks() as (rank, world, device):
-        return train(given, rank, world, device)
+        if world % given.tensor:
+            raise SystemExit(f"--tensor {given.tensor} does not divide the {world} ranks")
+        return train(given, rank, world, device, wrap)
 
 
 if __name__ == "__main__":

@@ -57,11 +57,19 @@ class Handle(Launched):
         self.works, self.finish, self.keep = [], [], ()
 
     def when_done(self, report: Callable[[], None]) -> None:
-        """Call ``report`` once, from any thread, when the communication (not the wait) is over."""
-        if self.works:
-            self.works[-1].get_future().then(lambda _: report())
-        else:
+        """Call ``report`` once, from any thread, when the communication (not the wait) is over.
+
+        Where the backend cannot tell (gloo's reduce-scatter has no future), it counts as over when it is waited for.
+        """
+        if not self.works:
             report()
+            return
+        try:
+            future = self.works[-1].get_future()
+        except RuntimeError:
+            self.finish.append(report)
+        else:
+            future.then(lambda _: report())
 
 
 class Communicator(Protocol):

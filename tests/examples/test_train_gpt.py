@@ -18,10 +18,10 @@ ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "train_gpt.py"
 
 
-def train(*arguments: str, ranks: int = 0, mpi: bool = False) -> str:
+def train(*arguments: str, ranks: int = 0, mpi: bool = False, example: Path = EXAMPLE) -> str:
     started = [str(Path(sys.executable).with_name("mpirun")), "-n", str(ranks)] if mpi else []
     launcher = ["-m", "dcompile_launch", *(() if mpi else ("--nproc", str(ranks)))] if ranks else []
-    command = [*started, sys.executable, *launcher, str(EXAMPLE), "--preset", "tiny", *arguments]
+    command = [*started, sys.executable, *launcher, str(example), "--preset", "tiny", *arguments]
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'launch'}"}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stderr

@@ -190,3 +190,16 @@ def test_the_memory_of_a_failed_start_is_not_used_again(comm: TorchComm, monkeyp
 def test_unknown_kinds_are_compiler_bugs(comm: TorchComm) -> None:
     with pytest.raises(CompilerBug, match="no collective is called 'gather'"):
         comm.start("gather", (), (), "g0", None, None, False, "p")
+
+
+def test_a_work_without_a_future_counts_as_over_when_it_is_waited_for(comm: TorchComm) -> None:
+    class Futureless(Slow):
+        def get_future(self) -> None:
+            raise RuntimeError("Work::getFuture not implemented.")
+
+    told: list[str] = []
+    handle = flight("scatter", Futureless(0.0))
+    handle.when_done(lambda: told.append("over"))
+    assert told == []
+    comm.wait(handle)
+    assert told == ["over"]
