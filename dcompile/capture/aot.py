@@ -15,6 +15,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._functorch import config as functorch_config
 from torch.utils import _pytree as pytree
 
+from dcompile.capture.channels_last import prefer_channels_last
 from dcompile.capture.check import check
 from dcompile.capture.comm import actions_have_effects
 from dcompile.capture.decompositions import decompositions
@@ -94,6 +95,7 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any], compile_graph: Co
         return compile_one
 
     functionalise_collectives(gm)
+    prefer_channels_last(gm, example_inputs)
     # Saved activations are owned by autograd: not donated to the backward program, so that a graph can be retained.
     with functorch_config.patch(donated_buffer=False, unlift_effect_tokens=True), actions_have_effects(gm):
         return aot_autograd(

@@ -12,6 +12,7 @@ from torch._functorch import config as functorch_config
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._ops import OpOverload
 
+from dcompile.capture.channels_last import restore_gradients
 from dcompile.capture.comm import acts, collectives_have_effects, communication, eliminate_dead_code
 from dcompile.capture.cse import merge_equal
 from dcompile.capture.origins import mark_sources
@@ -36,6 +37,7 @@ def partition(
     mark_sources(joint)
     merge_equal(joint)
     _save_random_values(joint)
+    restore_gradients(joint, num_fwd_outputs)
     forward, backward = _unused_actions(joint)
     _add_outputs(joint, num_fwd_outputs, forward, backward)
     known = {name: value for name, value in options.items() if name in _ACCEPTED}
