@@ -58,7 +58,7 @@ def restore_gradients(joint: fx.GraphModule, forward_outputs: int) -> None:
         found = gradient.meta.get("val")
         if value.is_contiguous() and isinstance(found, torch.Tensor) and not found.is_contiguous():
             with joint.graph.inserting_before(output):
-                whole = {"memory_format": torch.contiguous_format}
+                whole: dict[str, Any] = {"memory_format": torch.contiguous_format}
                 copy = joint.graph.call_function(torch.ops.aten.clone.default, (gradient,), whole)
             copy.meta = {**gradient.meta, "val": found.contiguous()}
             results[at] = copy

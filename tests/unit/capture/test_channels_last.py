@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -90,3 +92,26 @@ def test_gradients_get_the_layout_of_their_parameters() -> None:
     _, found = joint(weight, gradient)
     assert found.is_contiguous()
     assert torch.equal(found, gradient)
+
+
+def test_a_training_step_is_eagers(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("_on_cuda", "_in_16_bits"):
+        monkeypatch.setattr(channels_last, name, lambda *inputs: True)
+    torch.manual_seed(0)
+    layers = [torch.nn.Conv2d(3, 8, 3, 2, 1, bias=False), torch.nn.BatchNorm2d(8), torch.nn.ReLU()]
+    eager = torch.nn.Sequential(*layers, torch.nn.ConvTranspose2d(8, 4, 2, 2))
+    other = copy.deepcopy(eager)
+    x = torch.randn(2, 3, 17, 19, requires_grad=True)
+    other_x = x.detach().clone().requires_grad_()
+    y, other_y = eager(x), torch.compile(other, backend="dcompile", dynamic=False)(other_x)
+    assert other_y.stride() == y.stride()
+    torch.testing.assert_close(other_y, y, rtol=1e-4, atol=1e-5)
+    weight = torch.randn_like(y)
+    (y * weight).sum().backward()
+    (other_y * weight).sum().backward()
+    pairs = [(x, other_x), *zip(eager.parameters(), other.parameters(), strict=True)]
+    for a, b in pairs:
+        assert a.grad is not None
+        assert b.grad is not None
+        assert b.grad.stride() == a.grad.stride()
+        torch.testing.assert_close(b.grad, a.grad, rtol=1e-3, atol=1e-4)
