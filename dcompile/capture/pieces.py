@@ -42,6 +42,22 @@ def view_copies() -> dict[Any, Callable[..., Any]]:
     return found
 
 
+def flat_indexing() -> dict[Any, Callable[..., Any]]:
+    """Reads and writes at positions of the flattened tensor."""
+    return {aten.take.default: _take, aten.put.default: _put}
+
+
+def _take(x: Tensor, places: Tensor) -> Any:
+    return aten.index.Tensor(x.reshape(-1), [places])
+
+
+def _put(x: Tensor, places: Tensor, source: Tensor, accumulate: bool = False) -> Any:
+    if not x.is_contiguous():
+        return NotImplemented
+    values = source.reshape(places.shape)
+    return aten.index_put.default(x.reshape(-1), [places], values, accumulate).reshape(x.shape)
+
+
 def random_pieces() -> dict[Any, Callable[..., Any]]:
     """Ops that draw, in terms of uniform and normal numbers; those given a generator of their own stay whole."""
     return {

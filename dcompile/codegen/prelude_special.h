@@ -244,6 +244,33 @@ static inline double special_polygamma_(double n, double x) {
   return (int64_t)n % 2 ? size : -size;
 }
 
+// The regularised incomplete gamma functions P and Q: the series below a + 1, above it the continued fraction by Lentz's
+// method (Abramowitz and Stegun 6.5.29 and 6.5.31; Thompson and Barnett, J. Comput. Phys. 64, 1986).
+static const int GAMMA_TERMS = 4000;
+static inline double gamma_part(double a, double x, bool upper) {
+  if (!(a >= 0 && x >= 0) || (a == 0 && x == 0) || (a == SPECIAL_INF && x == SPECIAL_INF)) return SPECIAL_NAN;
+  if (a == 0 || x == SPECIAL_INF) return upper ? 0 : 1;
+  if (x == 0 || a == SPECIAL_INF) return upper ? 1 : 0;
+  const double factor = __builtin_exp(a * __builtin_log(x) - x - __builtin_lgamma(a));
+  if (x < a + 1) {
+    double term = 1 / a, sum = term;
+    for (int n = 1; n < GAMMA_TERMS && term > sum * 1e-17; ++n) sum += term *= x / (a + n);
+    return upper ? 1 - factor * sum : factor * sum;
+  }
+  double b = x + 1 - a, numerator = 1e300, denominator = 1 / b, fraction = denominator;
+  for (int n = 1; n < GAMMA_TERMS; ++n) {
+    const double k = n * (a - n);
+    b += 2;
+    denominator = 1 / (k * denominator + b);
+    numerator = b + k / numerator;
+    fraction *= numerator * denominator;
+    if (__builtin_fabs(numerator * denominator - 1) < 1e-16) break;
+  }
+  return upper ? factor * fraction : 1 - factor * fraction;
+}
+static inline double special_igamma_(double a, double x) { return gamma_part(a, x, false); }
+static inline double special_igammac_(double a, double x) { return gamma_part(a, x, true); }
+
 // ---- orthogonal polynomials, by their three-term recurrences (Abramowitz and Stegun 22.7) ---------------------------
 
 // p(k + 1) = 2 x p(k) - p(k - 1) from p(0) = 1 and p(1) = first.
@@ -327,7 +354,8 @@ DC_ONE(special_mantissa_) DC_ONE(special_exponent_)
 DC_TWO(special_zeta_) DC_TWO(special_polygamma_) DC_TWO(special_chebyshev_t_) DC_TWO(special_chebyshev_u_)
 DC_TWO(special_chebyshev_v_) DC_TWO(special_chebyshev_w_) DC_TWO(special_shifted_t_) DC_TWO(special_shifted_u_)
 DC_TWO(special_shifted_v_) DC_TWO(special_shifted_w_) DC_TWO(special_hermite_h_) DC_TWO(special_hermite_he_)
-DC_TWO(special_laguerre_) DC_TWO(special_legendre_) DC_TWO(special_hypot_)
+DC_TWO(special_laguerre_) DC_TWO(special_legendre_) DC_TWO(special_hypot_) DC_TWO(special_igamma_)
+DC_TWO(special_igammac_)
 #undef DC_ONE
 #undef DC_TWO
 

@@ -43,7 +43,8 @@ SPECIAL_BINARY = tuple(
     f"special_{name}"
     for name in (
         "zeta", "polygamma", "chebyshev_t", "chebyshev_u", "chebyshev_v", "chebyshev_w", "shifted_t", "shifted_u",
-        "shifted_v", "shifted_w", "hermite_h", "hermite_he", "laguerre", "legendre", "hypot", "nextafter",
+        "shifted_v", "shifted_w", "hermite_h", "hermite_he", "laguerre", "legendre", "hypot", "nextafter", "igamma",
+        "igammac",
     )
 )  # fmt: skip
 """Functions of floats; ``polygamma`` takes its order first, the polynomials last, both as whole floats."""

@@ -66,6 +66,8 @@ def embedding_backward(
 
 @rule("index_put", "index_put_", "_unsafe_index_put")
 def index_put(b: Lowering, x: Value, indices: Any, values: Value, accumulate: bool = False) -> Value:
+    if accumulate and x.dtype is DType.BOOL:
+        raise NoRule  # a logical or
     found = advanced(x, indices)
     expr = b.element(values, found.shape, x.dtype)
     mode = "add" if accumulate else "set"

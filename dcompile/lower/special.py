@@ -32,6 +32,8 @@ _FUNCTIONS = {
     "erfinv": ("erfinv",),
     "digamma": ("digamma",),
     "hypot": ("hypot",),
+    "igamma": ("igamma",),
+    "igammac": ("igammac",),
     "zeta": ("special_zeta", "special_zeta.other_scalar", "special_zeta.self_scalar"),
 }
 _POLYNOMIALS = {

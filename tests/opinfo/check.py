@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -108,9 +108,11 @@ def _cotangent(like: Tensor, number: int) -> Tensor:
     return torch.randn(like.shape, generator=generator, dtype=wide).to(like.dtype)
 
 
-def as_graph(function: Callable[..., Any], count: int) -> fx.GraphModule:
-    """The function as the one node of a graph, the way a Dynamo backend is called."""
+def as_graph(function: Callable[..., Any], count: int, sizes: int = 0) -> fx.GraphModule:
+    """The function as the one node of a graph, the way a Dynamo backend is called; first come inputs for sizes."""
     graph = fx.Graph()
+    for number in range(sizes):
+        graph.placeholder(f"s{number}")
     graph.output(graph.call_function(function, tuple(graph.placeholder(f"x{n}") for n in range(count))))
     return fx.GraphModule({}, graph)
 
@@ -123,13 +125,31 @@ def traced(
     Args:
         dynamic: all sizes but 0 and 1 are symbols.
     """
-    inputs = sample.fresh(grad)
-    with ExitStack() as stack:
-        if dynamic:
-            inputs = stack.enter_context(_symbolic(inputs))
-        # all graphs of a sample in one batch
-        stack.enter_context(functorch_config.patch(force_non_lazy_backward_lowering=True))
-        return capture(as_graph(sample.function, len(inputs)), inputs, compile_graph)
+    # all graphs of a sample in one batch
+    with functorch_config.patch(force_non_lazy_backward_lowering=True):
+        return _given(sample, grad, lambda gm, inputs: capture(gm, inputs, compile_graph), dynamic)
+
+
+def _given(sample: Sample, grad: bool, backend: Callable[..., Any], dynamic: bool) -> Callable[..., Any]:
+    """What ``backend`` makes of the sample's graph and inputs."""
+    inputs: list[Any] = sample.fresh(grad)
+    if not dynamic:
+        return backend(as_graph(sample.function, len(inputs)), inputs)  # type: ignore[no-any-return]
+    with _symbolic(inputs) as fakes:
+        places = _symbols(fakes)
+        sizes = [fakes[n].shape[d] for n, d in places]
+        compiled = backend(as_graph(sample.function, len(inputs), len(sizes)), [*sizes, *fakes])
+    return lambda *tensors: compiled(*(tensors[n].shape[d] for n, d in places), *tensors)
+
+
+def _symbols(fakes: Sequence[Tensor]) -> list[tuple[int, int]]:
+    """Where each size symbol first stands: (tensor, dimension)."""
+    found: dict[Any, tuple[int, int]] = {}
+    for n, fake in enumerate(fakes):
+        for d, size in enumerate(fake.shape):
+            if isinstance(size, torch.SymInt):
+                found.setdefault(size.node.expr, (n, d))
+    return list(found.values())
 
 
 @contextmanager
@@ -144,15 +164,14 @@ def _symbolic(inputs: list[Tensor]) -> Iterator[list[Tensor]]:
         yield fakes
 
 
-def why_untraceable(sample: Sample, grad: bool) -> str:
+def why_untraceable(sample: Sample, grad: bool, dynamic: bool = False) -> str:
     """The error AOTAutograd raises with a backend that does nothing; "" if it traces."""
-    inputs = sample.fresh(grad)
 
     def as_it_is(gm: fx.GraphModule, _: Sequence[Any]) -> Any:
         return make_boxed_func(gm.forward)
 
     try:
-        aot_autograd(fw_compiler=as_it_is, bw_compiler=as_it_is)(as_graph(sample.function, len(inputs)), inputs)
+        _given(sample, grad, aot_autograd(fw_compiler=as_it_is, bw_compiler=as_it_is), dynamic)
     except Exception as error:
         return summary(error)
     return ""
@@ -185,7 +204,7 @@ def check_operator(name: str, dtype: torch.dtype, count: int, folder: Path, vari
         try:
             compiled = traced(sample, grad, batch.compile_graph, variant == "dynamic")
         except Exception as error:
-            if why := why_untraceable(sample, grad):
+            if why := why_untraceable(sample, grad, variant == "dynamic"):
                 report.untraceable[sample.name] = why
             else:
                 report.failures.append(f"{sample.name}: compiling: {summary(error)}")

@@ -53,7 +53,10 @@ class Row:
 
 
 def write_table(path: Path, reports: Iterable[Report]) -> None:
-    rows = sorted((_row(r) for r in reports), key=lambda row: row.name)
+    """Write the rows of ``reports``; those of other operators stay as they are."""
+    known = read_table(path) if path.exists() else {}
+    known |= {report.name: _row(report) for report in reports}
+    rows = [row for name, row in sorted(known.items()) if name in OPERATORS]
     alone = sum(row.only_library for row in rows)
     sums = f"{len(rows)} operators, {sum(row.failures > 0 for row in rows)} with a failing sample, "
     sums += f"{sum(row.split > 0 for row in rows)} with a split one, {alone} that only call the library.\n\n"

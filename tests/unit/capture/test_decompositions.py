@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 import dcompile
 from dcompile.capture.decompositions import BROKEN_UP, KEPT, decompositions
+from dcompile.capture.pieces import flat_indexing, random_pieces, view_copies
 from dcompile.lower.table import RULES
 
 aten = torch.ops.aten
@@ -69,3 +70,51 @@ def test_pieces_compute_the_same() -> None:
     torch.testing.assert_close(table[aten.gelu.default](x), torch.nn.functional.gelu(x))
     ours = table[aten.native_layer_norm.default](x, [6], torch.arange(6.0), None, 1e-5)
     torch.testing.assert_close(ours, aten.native_layer_norm(x, [6], torch.arange(6.0), None, 1e-5))
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (2, 2)])
+def test_flat_positions(shape: tuple[int, ...]) -> None:
+    x, places = torch.randn(3, 4), torch.randint(-12, 12, shape)
+    pieces = flat_indexing()
+    assert torch.equal(pieces[aten.take.default](x, places), x.take(places))
+    source = torch.randn(shape)
+    for accumulate in (True,) if shape else (True, False):  # repeated places may be written in any order
+        found = pieces[aten.put.default](x, places, source, accumulate)
+        torch.testing.assert_close(found, x.put(places, source, accumulate))
+
+
+def test_copies_of_views_are_contiguous() -> None:
+    pieces = view_copies()
+    x = torch.randn(2, 3, 4)
+    for op, args in (
+        (aten.permute_copy.default, ([2, 0, 1],)),
+        (aten.transpose_copy.int, (0, 2)),
+        (aten.t_copy.default, ()),
+    ):
+        source = x[0] if op is aten.t_copy.default else x
+        found, expected = pieces[op](source, *args), op(source, *args)
+        assert torch.equal(found, expected)
+        assert found.stride() == expected.stride()
+    assert all(part.is_contiguous() for part in pieces[aten.split_copy.Tensor](x.mT, 2, 1))
+
+
+def test_random_pieces_stay_in_their_ranges_and_follow_the_seed() -> None:
+    pieces = random_pieces()
+
+    def drawn(op: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        torch.manual_seed(3)
+        first = pieces[op](*args, **kwargs)
+        torch.manual_seed(3)
+        assert torch.equal(first, pieces[op](*args, **kwargs))
+        return first
+
+    x = torch.empty(20000)
+    whole = drawn(aten.randint.low, -3, 4, [20000])
+    assert sorted(set(whole.tolist())) == list(range(-3, 4))
+    assert whole.dtype is torch.int64
+    assert abs(float(drawn(aten.uniform.default, x, 2.0, 6.0).mean()) - 4.0) < 0.05
+    assert abs(float(drawn(aten.normal_functional.default, x, 1.0, 2.0).std()) - 2.0) < 0.05
+    geometric = drawn(aten.geometric.default, x, 0.25)
+    assert float(geometric.min()) == 1.0
+    assert abs(float(geometric.mean()) - 4.0) < 0.15
+    assert pieces[aten.randint.low](0, 2**40, [2]) is NotImplemented
