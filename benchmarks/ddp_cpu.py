@@ -69,16 +69,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 # ---------------------------------------------------------------------------------------------------- one rank of a job
 
 
-def work(given: argparse.Namespace) -> None:
-    """Trains and writes rank 0's seconds of each step and the loss of each step, averaged over ranks."""
-    backend, file = given.worker
-    dist.init_process_group("gloo")
+def train(given: argparse.Namespace, backend: str, *, timeline: bool = False) -> dict[str, Any]:
+    """Seconds of each step of this rank, and the loss of each step averaged over the ranks of the default group."""
     rank, world = dist.get_rank(), dist.get_world_size()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     shape = shape_of(given)
     model = GPT(shape)
-    called = parallel(model, backend, torch.device("cpu"))
+    called = parallel(model, backend, torch.device("cpu"), timeline=timeline)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, fused=True)
     text = standard_library()
     seconds, losses = [], []
@@ -94,10 +92,17 @@ def work(given: argparse.Namespace) -> None:
         total = loss.detach().clone()
         dist.all_reduce(total)
         losses.append(float(total) / world)
-    if rank == 0:
-        Path(file).write_text(json.dumps({"seconds": seconds, "losses": losses}))
     dist.barrier()  # gloo's threads drop their last tensors while this one waits; in the destructor they would deadlock
-    del called
+    return {"seconds": seconds, "losses": losses}
+
+
+def work(given: argparse.Namespace) -> None:
+    """One rank: trains; rank 0 writes what ``train`` found."""
+    backend, file = given.worker
+    dist.init_process_group("gloo")
+    found = train(given, backend)
+    if dist.get_rank() == 0:
+        Path(file).write_text(json.dumps(found))
     dist.destroy_process_group()
 
 

@@ -21,7 +21,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,11 +28,11 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "launch"), str(ROOT / "benchmarks")]
 
-import torch
 import torch.distributed as dist
-from ddp_cpu import SETTLING_STEPS, model_flags, surroundings
+from ddp_cpu import SETTLING_STEPS, model_flags, surroundings, train
 
-from examples.train_gpt import GPT, PRESETS, batch_of, parallel, shape_of, standard_library
+import dcompile
+from examples.train_gpt import PRESETS, shape_of
 
 VARIANTS: dict[str, tuple[str, dict[str, str]]] = {
     "eager": ("eager", {}),
@@ -67,39 +66,15 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def work(given: argparse.Namespace) -> None:
     """One rank: trains; rank 0 writes the seconds of each step, the losses and the exposed share of communication."""
-    import dcompile
-
     backend, file = given.worker
     dist.init_process_group("gloo")
-    rank, world = dist.get_rank(), dist.get_world_size()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
     if backend == "dcompile":
         dcompile.calibrate()
-    shape = shape_of(given)
-    model = GPT(shape)
-    called = parallel(model, backend, torch.device("cpu"))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, fused=True)
-    text = standard_library()
-    seconds, losses = [], []
-    for step in range(given.steps):
-        batch = batch_of(text, given.batch, shape.context, seed=0, rank=rank, step=step)
-        dist.barrier()
-        began = time.perf_counter()
-        loss = called(*batch)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        seconds.append(time.perf_counter() - began)
-        total = loss.detach().clone()
-        dist.all_reduce(total)
-        losses.append(float(total) / world)
+    found = train(given, backend, timeline=bool(os.environ.get("DCOMPILE_TIMELINE")))
     summary = dcompile.communication_summary()
-    if rank == 0:
-        exposed = 1.0 - summary.hidden_share if summary is not None else None
-        Path(file).write_text(json.dumps({"seconds": seconds, "losses": losses, "exposed_share": exposed}))
-    dist.barrier()
-    del called
+    found["exposed_share"] = 1.0 - summary.hidden_share if summary is not None else None
+    if dist.get_rank() == 0:
+        Path(file).write_text(json.dumps(found))
     dist.destroy_process_group()
 
 

@@ -206,14 +206,18 @@ def ranks() -> Iterator[tuple[int, int, torch.device]]:
     dist.destroy_process_group()
 
 
-def parallel(model: nn.Module, given: argparse.Namespace, device: torch.device) -> nn.Module:
-    """The model as it is called in training: data parallel if there are several ranks, compiled by the backend."""
-    distributed, backend = dist.is_initialized(), given.backend
+def parallel(model: nn.Module, backend: str, device: torch.device, *, timeline: bool = False) -> nn.Module:
+    """The model as it is called in training: data parallel if there are several ranks, compiled by the backend.
+
+    Args:
+        timeline: let dcompile record when each step and each collective runs.
+    """
+    distributed = dist.is_initialized()
     if backend == "dcompile":
         import dcompile
 
         wrapped = dcompile.data_parallel(model) if distributed else model
-        return torch.compile(wrapped, backend="dcompile", options={"timeline": True})
+        return torch.compile(wrapped, backend="dcompile", options={"timeline": timeline})
     if distributed:
         wrapped = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
     else:
@@ -489,7 +493,14 @@ def train(given: argparse.Namespace, rank: int, world: int, device: torch.device
     return 0
 
 
-def main(argv: list[str] | None = None, wrap: Wrap = parallel, extend: Callable[..., object] = lambda add: None) -> int:
+def every_rank_a_copy(model: nn.Module, given: argparse.Namespace, device: torch.device) -> nn.Module:
+    """How this script itself uses its ranks."""
+    return parallel(model, given.backend, device, timeline=True)
+
+
+def main(
+    argv: list[str] | None = None, wrap: Wrap = every_rank_a_copy, extend: Callable[..., object] = lambda add: None
+) -> int:
     """Runs the command line.
 
     Args:
