@@ -238,7 +238,10 @@ static inline Angle reduce_angle(float x) {
   const uint64_t high = (first << shift) | ((second >> 1) >> (63u - shift)), low = (second << shift) >> 32;
   const uint64_t turns = mantissa * high + ((mantissa * low) >> 32);
   const uint64_t nearest = (turns + 0x2000000000000000ull) >> 62;
-  const double far = (double)(int64_t)((turns - (nearest << 62)) << 1) * (0x1.921fb54442d18p+0 * 0x1p-63);
+  const uint64_t rest = (turns - (nearest << 62)) << 1;  // signed; its halves are converted, as AVX2 converts 32 bits only
+  const double upper = (double)(int32_t)(uint32_t)(rest >> 32) * 0x1p32;
+  const double lower = (double)(int32_t)((uint32_t)rest ^ 0x80000000u) + 0x1p31;
+  const double far = (upper + lower) * (0x1.921fb54442d18p+0 * 0x1p-63);
   const uint32_t sign = (uint32_t)((int32_t)bits(x) >> 31);
   const uint32_t far_quadrant = (((uint32_t)nearest ^ sign) - sign) & large;
   const uint32_t far_bits = (bits((float)far) ^ (sign & 0x80000000u)) & large;
