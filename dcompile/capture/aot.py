@@ -21,7 +21,7 @@ from dcompile.capture.comm import actions_have_effects
 from dcompile.capture.decompositions import decompositions
 from dcompile.capture.functional import functionalise_collectives
 from dcompile.capture.in_place import write_in_place
-from dcompile.capture.normalise import normalise
+from dcompile.capture.normalise import drop_idle_waits, normalise
 from dcompile.capture.opaque import lift_opaque
 from dcompile.capture.origins import mark_sources
 from dcompile.capture.partition import RETURNED, partition
@@ -85,6 +85,7 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any], compile_graph: Co
                 check(inner)
             mark_sources(traced)
             gather_before_use(traced)
+            drop_idle_waits(traced)
             write_in_place(traced)
             normalise(traced)
             left, around, lifted = lift_opaque(traced, list(inputs))

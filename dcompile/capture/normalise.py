@@ -44,6 +44,18 @@ def normalise(gm: fx.GraphModule) -> None:
     gm.recompile()
 
 
+def drop_idle_waits(gm: fx.GraphModule) -> None:
+    """Remove waits for what this graph computes by other means than a collective, in place.
+
+    Comes before ``write_in_place``: afterwards such a value may be an input, and waits for inputs stay, because another
+    graph may have launched what they wait for.
+    """
+    waits = _Waits(gm)
+    for node in list(gm.graph.nodes):
+        if is_wait(node):
+            waits.drop_if_idle(node)
+
+
 def _call_directly(gm: fx.GraphModule) -> None:
     """Replace calls that are kept in order by tokens; a call without a result stays, in program order, without them."""
     for node in list(gm.graph.nodes):
@@ -173,14 +185,20 @@ class _Waits:
                 self.result[node] = None
         return self.result[node]
 
+    def drop_if_idle(self, node: fx.Node) -> None:
+        """Remove a wait for something that is neither a collective's result nor an input."""
+        argument = node.args[0]
+        assert isinstance(argument, fx.Node)
+        if self._result_of(argument) is None and view_root(argument).op == "call_function":
+            node.replace_all_uses_with(argument)
+            self.graph.erase_node(node)
+
     def _visit_wait(self, node: fx.Node) -> None:
         argument = node.args[0]
         assert isinstance(argument, fx.Node)
         result = self._result_of(argument)
         if result is None:
-            if view_root(argument).op == "call_function":
-                node.replace_all_uses_with(argument)
-                self.graph.erase_node(node)
+            self.drop_if_idle(node)
             return
         if argument is result and result not in self.waited:
             self._wait(result, node, node)
