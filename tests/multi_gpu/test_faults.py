@@ -92,7 +92,11 @@ def test_a_rank_that_is_stopped_is_missed_by_name(tmp_path: Path) -> None:
 
 
 def store_host_gone(rank: int) -> None:
+    store = dist.distributed_c10d._get_default_store()
+    if rank == 1:
+        store.set("rank 1 has joined", "")
     if rank == 0:
+        store.wait(["rank 1 has joined"])
         os.kill(os.getpid(), signal.SIGKILL)
     compiled(None)(torch.eye(3), world_name())
 

@@ -155,7 +155,7 @@ def test_cell(cell: Cell, crews: Callable[[int, str], Crew], record_property: Ca
             assert found["misses"] == 0
             assert found["hits"] == found["graphs"]
     if cell.ranks > 1:  # alone, a sharded model may still gather from itself
-        assert all((found["collectives"] > 0) is (cell.way != "torch-ddp") for found in ranks)
+        assert all(found["collectives"] > 0 for found in ranks)
     facts = ranks[0]
     record_property("found", f"{facts['graphs']} graphs, {facts['breaks']} breaks, {facts['collectives']} collectives")
 
