@@ -21,7 +21,7 @@ CONSIDERED = 48
 OPERATORS: dict[str, Any] = {op.full_name: op for op in op_db}
 
 
-def tested(dtype: torch.dtype) -> list[str]:
+def eligible(dtype: torch.dtype) -> list[str]:
     """Names of the entries that take ``dtype`` on the CPU and are not outside what a dense compiler is about."""
     return [name for name, op in OPERATORS.items() if dtype in op.dtypes and name not in OUTSIDE]
 

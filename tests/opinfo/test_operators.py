@@ -22,7 +22,7 @@ import torch
 import dcompile
 from tests.opinfo.check import Report, check_operator, check_rejections, differs, draws, run
 from tests.opinfo.known import END_TO_END, FAILING, UNINITIALISED, UNTRACEABLE, UNTRACEABLE_SYMBOLIC
-from tests.opinfo.operators import OPERATORS, samples, tested
+from tests.opinfo.operators import OPERATORS, eligible, samples
 from tests.opinfo.sweep import read_table
 
 TABLE = Path(__file__).parents[2] / "docs" / "operators.md"
@@ -51,7 +51,7 @@ class Case:
 
 def cases(full: bool) -> Iterator[Case]:
     for dtype in ("float32", *BROAD):
-        for name in tested(getattr(torch, dtype)):
+        for name in eligible(getattr(torch, dtype)):
             kinds = ["", "in_place"] if OPERATORS[name].get_inplace() is not None else [""]
             for variant in [*kinds, "dynamic"] if dtype == "float32" else kinds:
                 case = Case(name, dtype, variant, FULL_SAMPLES if full else 1)
@@ -65,7 +65,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "case" in metafunc.fixturenames:
         metafunc.parametrize("case", list(cases(full)), ids=lambda case: case.id)
     if "rejecting" in metafunc.fixturenames:
-        names = [name for name in tested(torch.float32) if OPERATORS[name].error_inputs_func is not None]
+        names = [name for name in eligible(torch.float32) if OPERATORS[name].error_inputs_func is not None]
         metafunc.parametrize("rejecting", names if full else names[:: 2 * FAST_SHARE])
 
 
@@ -107,7 +107,7 @@ def test_from_end_to_end(name: str, tmp_path: Path) -> None:
 def test_the_share_of_operators_that_only_call_the_library_does_not_grow() -> None:
     """The table lists every operator, none that fails without being known, and few without a kernel."""
     rows = read_table(TABLE)
-    assert set(rows) == set(tested(torch.float32))
+    assert set(rows) == set(eligible(torch.float32))
     assert sum(row.only_library for row in rows.values()) <= LIBRARY_ONLY_LIMIT * len(rows)
     failing = {name for name, row in rows.items() if row.failures}
     assert failing <= {case.removesuffix("-float32") for case in FAILING}
