@@ -26,8 +26,9 @@ from dcompile.lower import (
 )
 from dcompile.lower.constants import OnDevice
 from dcompile.lower.fallback import LIBRARY_OPS
+from dcompile.lower.lowered import Extra, Lowered, SizeOf
 from dcompile.lower.table import RULES
-from dcompile.lower.walk import Extra, Lowered, SizeOf, lower
+from dcompile.lower.walk import lower
 
 FAMILIES = (
     point_to_point,

@@ -26,7 +26,7 @@ from dcompile.lower.builder import Lowering
 from dcompile.lower.fallback import convert
 
 if TYPE_CHECKING:
-    from dcompile.lower.walk import Lowered
+    from dcompile.lower.lowered import Lowered
 
 Layouts = tuple[Value | None, ...] | None
 """What a program must return, None where the caller does not mind."""

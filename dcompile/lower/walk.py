@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import sympy
@@ -12,19 +11,19 @@ import torch
 from torch import fx
 
 from dcompile.errors import CompilerBug, Unsupported
-from dcompile.ir import expr as ex
-from dcompile.ir.graph import Graph, Output, SizeInput
-from dcompile.ir.index import symbol
-from dcompile.ir.nodes import Extern, Literal, Ref
-from dcompile.ir.types import DType, Origin, Size, Value
+from dcompile.ir.graph import Graph
+from dcompile.ir.types import Origin, Size, Value
 from dcompile.lower.builder import SEED_NAMES, Lowering
-from dcompile.lower.constants import OnDevice, rebuilt
+from dcompile.lower.constants import rebuilt
+from dcompile.lower.edges import Edges
 from dcompile.lower.fallback import call_library, gives_only_numbers
 from dcompile.lower.flight import InFlight, ViewInFlight
-from dcompile.lower.higher_order import Layouts, SubProgram, SubPrograms, call_programs, conform
+from dcompile.lower.higher_order import Layouts, SubProgram, SubPrograms, call_programs
+from dcompile.lower.lowered import Extra, Lowered, SizeOf
 from dcompile.lower.numbers import ITEM, Numbers
 from dcompile.lower.point_to_point import finish_open
 from dcompile.lower.table import RULES, NoRule, Rule
+from dcompile.lower.traced import is_number, leaves, main_device
 from dcompile.lower.user_kernel import LAUNCHING, launch
 
 _DROPPED = frozenset({"aten._assert_tensor_metadata.default"})
@@ -38,39 +37,6 @@ _VIEW_OPS = frozenset(
 )  # fmt: skip
 """Views that may be taken of a collective's result before its wait."""
 _NO_NUMBER = object()
-SCALAR = "dcompile_scalar"
-"""Key of ``node.meta`` for the number in a constant tensor of one element, which cannot tell it while tracing."""
-
-
-@dataclass(frozen=True)
-class SizeOf:
-    """Size ``dim`` of the tensor input at position ``input``."""
-
-    input: int
-    dim: int
-
-
-Extra = torch.Tensor | OnDevice | SizeOf
-"""An input the traced program does not list: a constant tensor, or a size symbol that is only known as an extent."""
-
-
-@dataclass(frozen=True)
-class Lowered:
-    """Result of ``lower``.
-
-    Attributes:
-        graph: at level LOOPS, checked.
-        group_names: process group (as the traced program names it) by the group's label in the graph.
-        extra_inputs: what the caller appends to the program's own inputs, in this order.
-        programs: those of ``graph.graphs`` by name; what they take besides their operands, the calls pass.
-        modules: traced programs that only the library can run, by name.
-    """
-
-    graph: Graph
-    group_names: dict[str, Any]
-    extra_inputs: tuple[Extra, ...] = ()
-    programs: Mapping[str, Lowered] = field(default_factory=dict)
-    modules: Mapping[str, Any] = field(default_factory=dict)
 
 
 def no_group_size(name: Any) -> int:
@@ -130,28 +96,21 @@ class _Walker:
         self.lowering = Lowering(set(SEED_NAMES.values()), group_size)
         self.numbers = Numbers(self.lowering)
         self.env: dict[fx.Node, Any] = {}
-        self.inputs: list[Value | SizeInput] = []
-        self.constants: list[tuple[Value, torch.Tensor | OnDevice]] = []
         self.names: dict[fx.Node, str] = {}
+        self.edges = Edges(self.lowering, gm, self.names)
         self.rules: dict[Any, tuple[str, Rule | None]] = {}
-        self.subs = SubPrograms(self.lower_program, self.constant, {}, {})
+        self.subs = SubPrograms(self.lower_program, self.edges.constant, {}, {})
 
     def lower_program(self, gm: fx.GraphModule, name: str, layouts: Layouts) -> Lowered:
         """A program that this one calls."""
         return _Walker(gm, self.eager_ops, self.lowering.group_size, self.tracebacks).run(name, layouts)
 
-    def constant(self, name: str, tensor: torch.Tensor) -> Value:
-        """A constant tensor as an operand."""
-        value = self.lowering.value(self.lowering.fresh(name), tensor)
-        self.constants.append((value, tensor))
-        return value
-
     def run(self, name: str, layouts: Layouts = None) -> Lowered:
         lowering = self.lowering
         # names of the traced program first, so that temporaries give way to them
-        self.names = {node: lowering.fresh(node.name) for node in self.gm.graph.nodes}
+        self.names.update((node, lowering.fresh(node.name)) for node in self.gm.graph.nodes)
         returned: Any = ()
-        lowering.main_device = _main_device(self.gm)
+        lowering.main_device = main_device(self.gm)
         self.numbers.note_messages(self.gm.graph.nodes)
         for node in self.gm.graph.nodes:
             source = node.meta.get("dcompile_source", "")
@@ -159,9 +118,10 @@ class _Walker:
             stack = str(node.meta.get("stack_trace") or "").rstrip() if self.tracebacks else ""
             lowering.origin = lowering.sizes.origin = Origin((str(node.target),), source, stack)
             if node.op == "placeholder":
-                self.env[node] = self.placeholder(node)
+                self.env[node] = self.edges.placeholder(node)
             elif node.op == "get_attr":
-                self.env[node] = self.attribute(node)
+                found = self.edges.attribute(node)
+                self.env[node] = found if isinstance(found, Value) else self.program(node, found)
             elif node.op == "call_function":
                 self.env[node] = self.call(node)
             elif node.op == "output":
@@ -170,113 +130,20 @@ class _Walker:
                 raise CompilerBug(f"lower: fx node {node.name} of kind {node.op} in a traced graph")
         lowering.flights.land_all()
         for sent in lowering.flights.unfinished():
-            finish_open(lowering, sent, self.inputs)
+            finish_open(lowering, sent, self.edges.inputs)
         items = returned if isinstance(returned, list | tuple) else (returned,)
         wanted = layouts or (None,) * len(items)
-        outputs = tuple(self.output(item, layout) for item, layout in zip(items, wanted, strict=True))
-        extra = self.extra_inputs()
+        outputs = tuple(
+            self.edges.output(item, self.resolve(item), layout) for item, layout in zip(items, wanted, strict=True)
+        )
+        extra = self.edges.extra_inputs()
         programs = tuple(sub.graph for sub in self.subs.lowered.values())
-        graph = Graph(name, tuple(self.inputs), (*self.seeds(), *lowering.nodes), outputs, programs)
+        graph = Graph(name, tuple(self.edges.inputs), (*self.edges.seeds(), *lowering.nodes), outputs, programs)
         return Lowered(graph.check(), lowering.group_names, extra, self.subs.lowered, self.subs.modules)
 
-    # inputs and outputs
-
-    def placeholder(self, node: fx.Node) -> Any:
-        meta = node.meta.get("val")
-        if isinstance(meta, torch.Tensor):
-            value = self.lowering.value(self.names[node], meta)
-            self.lowering.sizes.told(size for size in (*value.shape, *value.stride) if isinstance(size, sympy.Symbol))
-            self.inputs.append(value)
-            self.lowering.add_input(value)
-            return value
-        if isinstance(meta, torch.SymInt):
-            size = self.lowering.sizes.size(meta)
-            self.lowering.sizes.told((size,))
-            known = {i.symbol for i in self.inputs if isinstance(i, SizeInput)}
-            plain = isinstance(size, sympy.Symbol) and size not in known
-            slot = size if plain else symbol(self.lowering.fresh(f"size_{node.name}"))
-            self.inputs.append(SizeInput(slot, self.lowering.sizes.hint(size)))
-            return size
-        if isinstance(meta, int) and not isinstance(meta, bool):
-            self.inputs.append(SizeInput(symbol(self.lowering.fresh(f"size_{node.name}")), meta))
-            return meta
-        raise Unsupported(
-            self.lowering.origin,
-            what=f"a graph input of type {type(meta).__name__}",
-            instead="pass tensors and integers; make other values constants of the function",
-        )
-
-    def attribute(self, node: fx.Node) -> Any:
-        found: Any = self.gm
-        for part in str(node.target).split("."):
-            found = getattr(found, part)
-        if not isinstance(found, torch.Tensor):
-            return self.subs.named.setdefault(id(found), SubProgram(self.names[node], found))
-        meta = node.meta.get("val", found)
-        value = self.lowering.value(self.names[node], meta)
-        if found.numel() == 1 and not value.dtype.library_only and type(found) in (torch.Tensor, torch.nn.Parameter):
-            number = node.meta[SCALAR] if SCALAR in node.meta else found.item()
-            return self.lowering.pointwise(value, ex.const(number, value.dtype))
-        self.constants.append((value, found))
-        return value
-
-    def output(self, item: Any, wanted: Value | None = None) -> Output:
-        found = self.resolve(item)
-        if isinstance(found, Value):
-            found = conform(self.lowering, found, wanted)
-        meta = item.meta.get("val") if isinstance(item, fx.Node) else None
-        if isinstance(meta, torch.SymBool) and isinstance(found, sympy.Expr):
-            found = self.lowering.pointwise(
-                self.lowering.temp("truth", DType.BOOL, (), self.lowering.main_device),
-                ex.to(ex.index(found), DType.BOOL),
-            )
-        if isinstance(found, Value):
-            return Ref(found.name, item=isinstance(meta, torch.SymBool | torch.SymFloat))
-        if found is None or isinstance(found, bool | int | float | sympy.Expr):
-            return found
-        raise Unsupported(
-            self.lowering.origin, f"a graph output of type {type(found).__name__}", "return tensors and numbers"
-        )
-
-    def extra_inputs(self) -> tuple[Extra, ...]:
-        """Append inputs for size symbols that no integer input carries, and for constant tensors."""
-        bound = {item.symbol for item in self.inputs if isinstance(item, SizeInput)} | self.lowering.learned
-        extra: list[Extra] = []
-        for missing in [s for s in self.lowering.sizes.hints if s not in bound]:
-            place = next(
-                (
-                    SizeOf(position, value.shape.index(missing))
-                    for position, value in enumerate(self.inputs)
-                    if isinstance(value, Value) and missing in value.shape
-                ),
-                None,
-            )
-            if place is None:
-                raise Unsupported(
-                    self.lowering.origin,
-                    what=f"the size symbol {missing}, which is neither an input nor the extent of one",
-                    instead="mark the dimension static with torch._dynamo.mark_static",
-                )
-            self.inputs.append(SizeInput(missing, self.lowering.sizes.hints[missing]))
-            extra.append(place)
-        for value, tensor in self.constants:
-            self.inputs.append(value)
-            extra.append(tensor)
-        return tuple(extra)
-
-    def seeds(self) -> tuple[Extern, ...]:
-        """One draw of seeds a device, for all random ops of the graph."""
-        return tuple(
-            Extern(
-                outs=(Value(SEED_NAMES[device], DType.I64, (count,), (1,), device),),
-                op="dcompile.seeds",
-                args=(count,),
-                kwargs=(("device", Literal("device", device)),) if device != "cpu" else (),
-                effect=True,
-                origin=Origin(("dcompile.seeds",)),
-            )
-            for device, count in self.lowering.seed_counts.items()
-        )
+    def program(self, node: fx.Node, module: Any) -> SubProgram:
+        """A traced program that is an attribute of this one."""
+        return self.subs.named.setdefault(id(module), SubProgram(self.names[node], module))
 
     # calls
 
@@ -380,7 +247,7 @@ class _Walker:
             if (holder := self.lowering.flights.holder(flight)) is not None:
                 self.lowering.flights.land(holder)
             else:
-                finish_open(self.lowering, flight, self.inputs)
+                finish_open(self.lowering, flight, self.edges.inputs)
         return found
 
     def unwaited_view(self, node: fx.Node, op: str) -> ViewInFlight | None:
@@ -407,10 +274,10 @@ class _Walker:
         op, rule = self.rule_of(target)
         args, kwargs = self.arguments(node, target)
         lowering.outs = self.outputs_of(node)
-        if op == "aten._to_copy.default" and (found := rebuilt(lowering, args[0], self.constants)) is not None:
+        if op == "aten._to_copy.default" and (found := rebuilt(lowering, args[0], self.edges.constants)) is not None:
             value, constant = found
             if constant is not None:
-                self.constants.append((value, constant))
+                self.edges.constants.append((value, constant))
             return value
         if rule is not None and self.allows(rule, args, kwargs):
             mark = len(lowering.nodes)
@@ -428,7 +295,7 @@ class _Walker:
         if isinstance(meta, list | tuple):
             return tuple(self.arranged(item, results, numbers) for item in meta)
         found = next(results, None)
-        return next(numbers) if _is_number(meta) else found
+        return next(numbers) if is_number(meta) else found
 
     def arguments(self, node: fx.Node, target: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Arguments in the terms of rules; those that may be positional are, whatever way they were passed."""
@@ -447,11 +314,11 @@ class _Walker:
         self.lowering.numbers = {}
         if isinstance(meta, torch.Tensor):
             return (self.lowering.value(name, meta),)
-        if not isinstance(meta, list | tuple) and not _is_number(meta):
+        if not isinstance(meta, list | tuple) and not is_number(meta):
             return ()
         outs: list[Value | None] = []
-        for n, item in enumerate(_leaves(meta)):
-            if _is_number(item):
+        for n, item in enumerate(leaves(meta)):
+            if is_number(item):
                 self.lowering.numbers[n] = self.known_number(item)
             is_tensor = isinstance(item, torch.Tensor)
             outs.append(self.lowering.value(self.lowering.fresh(f"{name}_{n}"), item) if is_tensor else None)
@@ -475,28 +342,6 @@ class _Walker:
         if not rule.any_dtype and any(v.dtype.library_only for v in operands):
             return False
         return rule.any_device or len({v.device for v in operands}) <= 1
-
-
-def _main_device(gm: fx.GraphModule) -> str:
-    """Where most of the program's tensors live: on the first device that holds one with dimensions."""
-    for node in gm.graph.nodes:
-        meta = node.meta.get("val")
-        if isinstance(meta, torch.Tensor) and meta.dim() > 0:
-            return meta.device.type
-    return "cpu"
-
-
-def _is_number(meta: Any) -> bool:
-    numbers = bool | int | float | torch.SymInt | torch.SymFloat | torch.SymBool
-    return isinstance(meta, numbers) and not isinstance(meta, torch.Tensor)
-
-
-def _leaves(meta: Any) -> Iterator[Any]:
-    if isinstance(meta, list | tuple):
-        for item in meta:
-            yield from _leaves(item)
-    else:
-        yield meta
 
 
 def _values(args: tuple[Any, ...]) -> list[Value]:

@@ -42,7 +42,7 @@ def world_name() -> str:
 
 
 def killed_while_compiling(rank: int, cache: str) -> None:
-    from dcompile import pipeline
+    from dcompile.pipeline import program
     from dcompile.runtime import once
 
     once.SILENCE_S = 2.0
@@ -51,7 +51,7 @@ def killed_while_compiling(rank: int, cache: str) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     if rank == 1:
-        pipeline.write_entry = die  # type: ignore[assignment]
+        program.write_entry = die  # type: ignore[assignment]
     compiled(cache if rank == 0 else f"{cache}/1")(torch.eye(3), world_name())
 
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 import dcompile
-from dcompile import pipeline
 from dcompile.analyse.context import Context
 from dcompile.analyse.cost import CostModel
 from dcompile.collectives.text import parse_graph
@@ -18,7 +17,8 @@ from dcompile.errors import CompilerBug, DCompileError
 from dcompile.ir.graph import Graph
 from dcompile.ir.nodes import Pointwise, Reduction, Store
 from dcompile.options import Options
-from dcompile.pipeline import PASSES, Level, Pass, graph_refusal, run_passes, written_inputs
+from dcompile.pipeline import PASSES, Level, Pass, graph_refusal, passes, run_passes, written_inputs
+from dcompile.plan import Plan
 from dcompile.watch import Watch
 from examples.train_gpt import GPT, VOCAB, Shape
 
@@ -34,7 +34,7 @@ graph backward(x: f32[4, 8], w: f32[8, 16]) {
 """
 
 
-def _run(graph: Graph, **options: object) -> pipeline.Plan:
+def _run(graph: Graph, **options: object) -> Plan:
     chosen = replace(Options(), **options)  # type: ignore[arg-type]
     return run_passes(graph, Context(chosen, CostModel.analytical("cpu", 2)), Watch(chosen, graph.name))
 
@@ -54,7 +54,7 @@ def test_a_pass_that_changes_the_level_of_the_nodes_cannot_be_skipped() -> None:
 def test_names_are_those_of_the_functions_and_unique() -> None:
     names = [step.name for step in PASSES]
     assert len(set(names)) == len(names)
-    assert all(getattr(pipeline, name) is step.run for name, step in zip(names, PASSES, strict=True))
+    assert all(getattr(passes, name) is step.run for name, step in zip(names, PASSES, strict=True))
 
 
 @pytest.mark.parametrize("name", [step.name for step in PASSES if step.optional])
@@ -69,7 +69,7 @@ def test_a_skipped_pass_does_not_run(name: str, monkeypatch: pytest.MonkeyPatch)
         run.__name__ = step.name
         return replace(step, run=run)
 
-    monkeypatch.setattr(pipeline, "PASSES", tuple(map(recording, PASSES)))
+    monkeypatch.setattr(passes, "PASSES", tuple(map(recording, PASSES)))
     _run(parse_graph(PROGRAM), skip=frozenset({name}))
     assert ran == [step.name for step in PASSES if step.name != name]
 
@@ -89,7 +89,7 @@ def test_a_pass_that_leaves_the_wrong_nodes_is_named(name: str, monkeypatch: pyt
 
     broken.__name__ = name
     steps = tuple(replace(step, run=broken) if step.name == name else step for step in PASSES)
-    monkeypatch.setattr(pipeline, "PASSES", steps)
+    monkeypatch.setattr(passes, "PASSES", steps)
     with pytest.raises(CompilerBug, match=f"backward: a Pointwise is left after {name}"):
         _run(loops)
 
