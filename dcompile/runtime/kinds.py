@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from dcompile.errors import DCompileError
+from dcompile.runtime import coalesced
 from dcompile.runtime import flat as fl
 
 Splits = tuple[tuple[int, ...], tuple[int, ...]]
@@ -58,10 +60,16 @@ class Request:
 Tensors = Sequence[torch.Tensor]
 
 
+def _together(request: Request, *lists: Tensors) -> bool:
+    """Whether several tensors go out in one launch as they lie."""
+    return (
+        len(lists[0]) > 1 and coalesced.all_contiguous(*lists) and coalesced.groups_launches(request.group, lists[0][0])
+    )
+
+
 def _native_avg(group: dist.ProcessGroup, tensor: torch.Tensor) -> bool:
     """Only NCCL averages in every supported version of PyTorch; elsewhere the sum is divided at the wait."""
-    config = str(dist.get_backend_config(group))
-    return tensor.is_cuda and ("cuda:nccl" in config or config == "nccl")
+    return coalesced.groups_launches(group, tensor)
 
 
 def _divide(tensor: torch.Tensor, ranks: int) -> torch.Tensor:
@@ -105,6 +113,9 @@ def _shared_buffer(launched: Launched, sources: Tensors, results: Tensors, in_pl
 
 
 def _all_reduce(launched: Launched, sources: Tensors, results: Tensors, request: Request) -> None:
+    if _together(request, results) and sources[0].dtype is not torch.int16:
+        _all_reduce_together(launched, sources, results, request)
+        return
     buffer = _shared_buffer(launched, sources, results, request.in_place, filled=True)
     wire, op, copied, divide = _wire(request, buffer)
     launched.keep += (wire,)
@@ -117,6 +128,16 @@ def _all_reduce(launched: Launched, sources: Tensors, results: Tensors, request:
         launched.finish.append(lambda: fl.from_rows(buffer, results, 1))
 
 
+def _all_reduce_together(launched: Launched, sources: Tensors, results: Tensors, request: Request) -> None:
+    if not request.in_place:
+        for source, result in zip(sources, results, strict=True):
+            result.copy_(source)
+    wires = [_wire(request, result) for result in results]
+    launched.keep += (results,)
+    launched.works.append(coalesced.all_reduce(request.group, [wire for wire, *_ in wires], wires[0][1]))
+    launched.finish += [partial(_divide, wire, request.size) for wire, *_, divide in wires if divide]
+
+
 def _broadcast(launched: Launched, sources: Tensors, results: Tensors, request: Request) -> None:
     assert request.root is not None
     buffer = _shared_buffer(launched, sources, results, request.in_place, filled=request.rank == request.root)
@@ -127,6 +148,9 @@ def _broadcast(launched: Launched, sources: Tensors, results: Tensors, request: 
 
 
 def _all_gather(launched: Launched, sources: Tensors, results: Tensors, request: Request) -> None:
+    if _together(request, results, sources):
+        launched.works.append(coalesced.all_gather(request.group, results, sources))
+        return
     sent = fl.one_row(sources)
     direct = fl.dense(results)
     received = results[0] if direct else sent.new_empty(sent.numel() * request.size)
@@ -137,6 +161,9 @@ def _all_gather(launched: Launched, sources: Tensors, results: Tensors, request:
 
 
 def _reduce_scatter(launched: Launched, sources: Tensors, results: Tensors, request: Request) -> None:
+    if _together(request, results, sources) and sources[0].dtype is not torch.int16:
+        _reduce_scatter_together(launched, sources, results, request)
+        return
     sent = fl.to_rows(sources, request.size)
     wire, op, _, divide = _wire(request, sent)
     direct = fl.dense(results) and wire.dtype is results[0].dtype
@@ -152,6 +179,14 @@ def _reduce_scatter(launched: Launched, sources: Tensors, results: Tensors, requ
         launched.finish.append(lambda: _divide(received, request.size))
     if not direct:
         launched.finish.append(lambda: fl.from_rows(_typed(received, results[0].dtype), results, 1))
+
+
+def _reduce_scatter_together(launched: Launched, sources: Tensors, results: Tensors, request: Request) -> None:
+    wires = [_wire(request, source) for source in sources]
+    shares = [result.view(-1).view(wire.dtype) for result, (wire, *_) in zip(results, wires, strict=True)]
+    launched.works.append(coalesced.reduce_scatter(request.group, shares, [wire for wire, *_ in wires], wires[0][1]))
+    if wires[0][3]:
+        launched.finish += [partial(_divide, share, request.size) for share in shares]
 
 
 def _all_to_all(launched: Launched, sources: Tensors, results: Tensors, request: Request) -> None:

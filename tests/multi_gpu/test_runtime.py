@@ -54,7 +54,8 @@ def check(
 ) -> None:
     """One collective over ``tensors`` against the plain formula, and its sources unchanged."""
     reduction, root, in_place = how.get("reduction"), how.get("root"), how.get("in_place", False)
-    everyone = [[data(t, s, 100 * r + n) for n, (t, s) in enumerate(tensors)] for r in range(WORLD)]
+    device = how.get("device", "cpu")
+    everyone = [[data(t, s, 100 * r + n).to(device) for n, (t, s) in enumerate(tensors)] for r in range(WORLD)]
     sources = tuple(everyone[rank][n].clone() for n in range(len(tensors)))
     if how.get("transposed"):
         sources = tuple(t.t().contiguous().t() for t in sources)
@@ -255,3 +256,22 @@ def whole_program(rank: int) -> None:
 
 def test_a_program_with_collectives_runs_again_and_again() -> None:
     run_ranks(whole_program, world=WORLD)
+
+
+def coalesced_where_they_lie(rank: int) -> None:
+    """Buckets on NCCL: every kind and reduction, one launch a bucket, against the formula."""
+    comm = TorchComm({"g0": dist.group.WORLD}, 60)
+    for dtype in (torch.float32, torch.bfloat16, torch.int64, torch.bool):
+        shapes = [(dtype, (4, 3)), (dtype, (0, 3)), (dtype, (2,)), (dtype, (8, 1, 5))]
+        check(comm, rank, "all_gather", shapes, device="cuda")
+        for reduction in reductions_of(dtype):
+            if reduction not in ("band", "bor", "bxor"):
+                check(comm, rank, "reduce_scatter", shapes, reduction=reduction, device="cuda")
+                for in_place in (False, True):
+                    check(comm, rank, "all_reduce", shapes, reduction=reduction, in_place=in_place, device="cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < WORLD, reason="one GPU a rank")
+def test_buckets_on_nccl() -> None:
+    run_ranks(coalesced_where_they_lie, world=WORLD, backend="nccl")
