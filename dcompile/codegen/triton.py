@@ -16,6 +16,7 @@ import sympy
 from dcompile.codegen.triton_kernel import KernelPrinter
 from dcompile.codegen.triton_launch import Launch, Shape, choose_launch, is_batch, members_of, shape_of
 from dcompile.codegen.triton_prelude import PRELUDE
+from dcompile.codegen.triton_strips import StripPrinter
 from dcompile.codegen.triton_text import POINTER, size_python, type_text
 from dcompile.ir.canonical import Canonical, canonical, size_parameters
 from dcompile.ir.graph import Graph
@@ -123,7 +124,8 @@ def _function(
     """One function with the comment above it."""
     shape = shape_of(form.kernel)
     dtypes, sizes = _parameters(form, values)
-    printer = KernelPrinter(shape, launch, dtypes, sizes, frozenset(out.name for out in form.kernel.outs), name)
+    printing = KernelPrinter if shape.strips is None else StripPrinter
+    printer = printing(shape, launch, dtypes, sizes, frozenset(out.name for out in form.kernel.outs), name)
     body = printer.print()
     parameters = [*dtypes, *sizes.values(), "fault", "X: tl.constexpr", "R: tl.constexpr"]
     head = f"def {name}({', '.join(parameters)}):"
@@ -187,7 +189,7 @@ def _signature(
 
 def _programs(shape: Shape, launch: Launch, sizes: Mapping[sympy.Symbol, str]) -> str:
     """Python text of the number of programs."""
-    parts = [_blocks(shape.outer, launch.block, sizes)]
+    parts = [_blocks(shape.outer, launch.block if shape.strips is None else 1, sizes)]
     if shape.tiled and shape.inner is not None:
         parts.append(_blocks(shape.inner, launch.inner, sizes))
     return str(math.prod(map(int, parts))) if all(part.isdigit() for part in parts) else " * ".join(parts)

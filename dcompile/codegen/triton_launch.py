@@ -45,6 +45,10 @@ COLUMN_TILE = 2048
 TILE, TILE_WARPS = (64, 64), 8
 """Positions of a tile along its two axes: 64 of 2 bytes are a whole cache line, 16 elements a thread."""
 
+STRIP_TILE, STRIP_COLUMNS, STRIP_EACH, STRIP_STAGES = 2048, 512, 512, 2
+"""Elements that a program in strips takes at once, the widest block of columns without reductions of rows, elements of
+a warp (16 a thread), and rounds in flight: what is not known while a row is reduced hides behind the next row."""
+
 COLUMN_WIDTH = (64, 16)
 """Columns of a program: widest first; 16 f32 are two 32-byte sectors, less wastes bandwidth."""
 
@@ -58,12 +62,31 @@ class Launch:
         inner: inner positions handled at once, a power of two; 0 for kernels without an inner range.
         persistent: ``inner`` covers the whole inner range, so that rows stay in registers between passes.
         num_warps: warps of 32 threads of a program.
+        stages: rounds of a loop whose loads are in flight at once; 1 leaves loads where they are.
     """
 
     block: int
     inner: int
     persistent: bool
     num_warps: int
+    stages: int = 1
+
+
+@dataclass(frozen=True)
+class Strips:
+    """What a kernel in strips has around its rows.
+
+    Attributes:
+        rows: axes of the rows of one strip, in order.
+        memory: of running values, one a column.
+        start: their first values.
+        end: what becomes of them.
+    """
+
+    rows: tuple[Axis, ...]
+    memory: tuple[Scratch, ...]
+    start: tuple[Write, ...]
+    end: tuple[Write, ...]
 
 
 @dataclass(frozen=True)
@@ -77,7 +100,9 @@ class Shape:
         column: neighbouring outer positions are neighbours in memory.
         scratch: has scratch memory.
         tiled: a kernel without folds whose accesses run along different axes: programs are tiles of the last outer
-            axis and the inner one, so that both are read and written along memory.
+            axis and the inner one, so that both are read and written along memory. In strips: a program takes a block
+            of columns.
+        strips: outer positions are strips of rows; ``body`` is that of one row.
     """
 
     outer: tuple[Axis, ...]
@@ -86,6 +111,7 @@ class Shape:
     column: bool
     scratch: bool
     tiled: bool = False
+    strips: Strips | None = None
 
 
 def shape_of(kernel: Kernel) -> Shape:
@@ -99,6 +125,8 @@ def shape_of(kernel: Kernel) -> Shape:
     if len(body) == 1 and isinstance(body[0], Nest):
         outer, body = body[0].axes, body[0].body
         column = bool(body) and kernel.body[0].roles[-1:] == (Role.SIMD,)  # type: ignore[union-attr]
+        if (in_strips := _strips(outer, body)) is not None:
+            return in_strips
     ranges = [stmt for stmt in body if isinstance(stmt, Nest | Fold | ScanLoop)]
     for stmt in ranges:
         if isinstance(stmt, Nest) and not all(isinstance(s, Let | Write) for s in stmt.body):
@@ -112,6 +140,32 @@ def shape_of(kernel: Kernel) -> Shape:
     if inner is not None:
         body = tuple(_over(stmt, inner) for stmt in body)
     return Shape(outer, inner, body, column and inner is not None, any(isinstance(s, Scratch) for s in body))
+
+
+def _strips(outer: tuple[Axis, ...], body: tuple[Stmt, ...]) -> Shape | None:
+    """The form of a nest over strips (``schedule.strips``); None for any other nest."""
+    serial = [n for n, s in enumerate(body) if isinstance(s, Nest) and set(s.roles) == {Role.SERIAL}]
+    if len(serial) != 1 or serial[0] != len(body) - 2:
+        return None
+    *memory, start, rows, end = body
+    assert isinstance(rows, Nest)
+    ranges = [stmt for stmt in rows.body if isinstance(stmt, Nest | Fold)]
+    if not ranges or not isinstance(start, Nest) or not isinstance(end, Nest):
+        return None
+    inner = ranges[0].axes
+    first, last = _over(start, inner), _over(end, inner)
+    assert isinstance(first, Nest)
+    assert isinstance(last, Nest)
+    strips = Strips(
+        rows.axes,
+        tuple(s for s in memory if isinstance(s, Scratch)),
+        tuple(s for s in first.body if isinstance(s, Write)),
+        tuple(s for s in last.body if isinstance(s, Write)),
+    )
+    made = tuple(_over(stmt, inner) for stmt in rows.body)
+    folds = any(isinstance(stmt, Fold) for stmt in made)
+    scratch = any(isinstance(stmt, Scratch) for stmt in made)
+    return Shape(outer, inner, made, False, scratch, tiled=not folds, strips=strips)
 
 
 SHORTEST_TILED = 8
@@ -228,6 +282,8 @@ def _cut(shape: Shape, hints: Mapping[sympy.Symbol, int]) -> Launch:
         _, block, warps = next(rule for rule in FLAT if outer <= rule[0])
         block = min(block, max(power_of_two(outer), 32))
         return Launch(block, 0, False, max(1, min(warps, block // 64)))
+    if shape.strips is not None:
+        return _strip_cut(shape, shape.strips)
     if shape.tiled:
         return Launch(*TILE, False, TILE_WARPS)
     inner = _extent(shape.inner, hints)
@@ -246,6 +302,15 @@ def _cut(shape: Shape, hints: Mapping[sympy.Symbol, int]) -> Launch:
     if shape.scratch:
         raise CompilerBug(f"a GPU kernel has scratch memory for rows of {inner} elements")
     return Launch(1, min(LOOP_BLOCK, whole), False, 8)
+
+
+def _strip_cut(shape: Shape, strips: Strips) -> Launch:
+    """Whole rows where they are reduced, else blocks of columns; as many rows at once as fill ``STRIP_TILE``."""
+    columns, rows = _extent(shape.inner or (), {}), _extent(strips.rows, {})
+    whole = power_of_two(columns)
+    inner = min(whole, STRIP_COLUMNS) if shape.tiled else whole
+    block = min(max(STRIP_TILE // inner, 1), rows & -rows)
+    return Launch(block, inner, True, _warps(block * inner, STRIP_EACH), STRIP_STAGES)
 
 
 def _warps(elements: int, each: int) -> int:

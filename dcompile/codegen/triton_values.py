@@ -200,7 +200,10 @@ class Values:
             name = self._op(node)
         else:
             raise CompilerBug(f"no Triton text for {type(node).__name__}")
-        self.scopes[-1].names[self._key(node)] = name
+        key = self._key(node)
+        self.scopes[-1].names[key] = name
+        if self.scopes[-1] is self._shared and INNER not in self.dims.get(name, frozenset()):
+            self.scopes[-2].names.setdefault(key, name)  # rows in registers have no loop: it is known after them too
 
     def _masked(self, node: ex.Masked) -> str:
         condition, other = self.value(node.cond), self.value(node.other)

@@ -3,6 +3,9 @@
 For each outer position the inner range is traversed in passes: a value that needs a finished reduction runs in a later
 pass than that reduction. A row value needed in a later pass than its own is reloaded from memory if it is stored there
 anyway, recomputed if that is cheap, and kept in scratch memory otherwise.
+
+A group in strips (``schedule.strips``) cuts its rows into strips. The rows of one strip run in order, and reductions of
+columns go on in scratch memory meanwhile, one value a column; each strip ends by writing these.
 """
 
 from __future__ import annotations
@@ -17,7 +20,9 @@ from dcompile.ir.index import product
 from dcompile.ir.kernel import Accumulator, Fold, Kernel, Let, Nest, Role, Scratch, Stmt, Write
 from dcompile.ir.nodes import Axis, Reduction, Store
 from dcompile.ir.types import Origin, Size, Value
-from dcompile.schedule.loops import Domain, Placed, coefficient, index_parts
+from dcompile.schedule.group import Group, Member
+from dcompile.schedule.loops import coefficient, index_parts
+from dcompile.schedule.strips import continued, in_strips
 from dcompile.schedule.tile import tiled
 from dcompile.schedule.unroll import Values, at_position, inner_positions, left_fold, unrollable
 
@@ -36,47 +41,6 @@ first-level cache."""
 GPU_RECOMPUTE_FLOPS = 64
 """The same on a GPU for rows too long for scratch, which would go through memory: arithmetic of 30 to 60 operations
 takes an H100 as long as storing an f32 and loading it again."""
-
-
-@dataclass(frozen=True)
-class Member:
-    """One loop in a group. ``spread`` is ``"fold"``, ``"row"`` or ``"outer"``."""
-
-    position: int
-    spread: str
-    placed: Placed
-
-    @property
-    def name(self) -> str:
-        return self.placed.form.node.out.name
-
-    @property
-    def out(self) -> Value:
-        return self.placed.form.node.out
-
-    @property
-    def outs(self) -> tuple[Value, ...]:
-        """Everything it defines, ``out`` first."""
-        node = self.placed.form.node
-        return (node.out, *node.more) if isinstance(node, Reduction) else (node.out,)
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return tuple(value.name for value in self.outs)
-
-    def loads(self) -> tuple[ex.Load, ...]:
-        """All loads, those that decide where a store goes included."""
-        return tuple(load for root in self.placed.roots for load in ex.loads(root))
-
-
-@dataclass(frozen=True)
-class Group:
-    """Members in program order over one domain. ``column``: the inner range strides through memory, the last outer
-    axis runs along it, and the group has no row members."""
-
-    domain: Domain
-    column: bool
-    members: tuple[Member, ...]
 
 
 def emit_kernel(graph: Graph, group: Group, needed: set[str]) -> Kernel:
@@ -99,7 +63,9 @@ class _Emitter:
         self.by_name = {name: m for m in self.group.members for name in m.names}
         self.values = {value.name: value for m in self.group.members for value in m.outs}
         self._assign_passes()
-        if unrollable(self.group.domain, [root for m in self.group.members for root in m.placed.roots]):
+        if not self.group.strips and unrollable(
+            self.group.domain, [root for m in self.group.members for root in m.placed.roots]
+        ):
             body = self._unrolled()
         else:
             self._keep_between_passes()
@@ -191,10 +157,13 @@ class _Emitter:
         return sympy.expand(flat)
 
     def _lets_and_writes(self, members: list[Member], number: int) -> tuple[tuple[Let, ...], tuple[Write, ...]]:
-        lets = tuple(Let(m.name, _typed(self._body(m, number), m.out)) for m in members)
+        lets = tuple(Let(_evaluated(m), _typed(self._body(m, number), m.out)) for m in members)
         writes: list[Write] = []
         for m in members:
-            value = ex.local(m.name, m.out.dtype)
+            value = ex.local(_evaluated(m), m.out.dtype)
+            if m.spread == "strip":
+                writes.append(continued(m, value, self._inner_position()))
+                continue
             if m.name in self.stored:
                 node = m.placed.form.node
                 mode = node.mode if isinstance(node, Store) else "set"
@@ -231,7 +200,7 @@ class _Emitter:
             outer = [m for m in members if m.spread == "outer" and self.passes[m.name] == number]
             lets, writes = self._lets_and_writes(outer, number)
             body += [*lets, *writes]
-            rows = [m for m in members if m.spread == "row" and self.passes[m.name] == number]
+            rows = [m for m in members if m.spread in ("row", "strip") and self.passes[m.name] == number]
             folds = [m for m in members if m.spread == "fold" and self.passes[m.name] == number]
             lets, writes = self._lets_and_writes(rows, number)
             if folds:
@@ -242,6 +211,8 @@ class _Emitter:
         axes = self.group.domain.outer_axes
         if not axes:
             return tuple(body)
+        if self.group.strips:
+            return (in_strips(self.group, tuple(body), inner_roles, self._inner_position()),)
         roles = (self._outer_role(),) * len(axes)
         if self.group.column:
             roles = (*roles[:-1], Role.SIMD)
@@ -359,7 +330,8 @@ class _Emitter:
                 if load.buffer != name:
                     continue
                 late = self._last_pass(member) > self.passes[out.name]
-                elsewhere = load.bind or load.index[0] != out.placed.address or member.spread != out.spread
+                spread = "row" if member.spread == "strip" else member.spread
+                elsewhere = load.bind or load.index[0] != out.placed.address or spread != out.spread
                 if late or (elsewhere and not (member.spread == "fold" and load.index[0] == out.placed.address)):
                     return False
         return True
@@ -372,6 +344,11 @@ class _Emitter:
                 if any(load.buffer == member.name for load in user.loads()):
                     last = max(last, self._last_pass(user))
         return last
+
+
+def _evaluated(m: Member) -> str:
+    """The local that holds its value at one position; that of a reduction of columns is one element of many."""
+    return f"{m.name}_element" if m.spread == "strip" else m.name
 
 
 def _variables(load: ex.Load) -> set[sympy.Symbol]:

@@ -26,10 +26,12 @@ from dcompile.ir import expr as ex
 from dcompile.ir.graph import Graph, hint
 from dcompile.ir.index import product
 from dcompile.ir.nodes import Node, Pointwise, Reduction, Scan, Store, View
-from dcompile.schedule.emit import PARALLEL_WORK, Group, Member, emit_kernel
+from dcompile.schedule.emit import PARALLEL_WORK, emit_kernel
+from dcompile.schedule.group import Group, Member
 from dcompile.schedule.loops import Domain, Form, coefficient, form_of, place
 from dcompile.schedule.scan import scan_kernel
 from dcompile.schedule.special import drop_trivial_folds
+from dcompile.schedule.strips import strip_group
 
 MAX_BUFFERS = 32
 """Most buffers one kernel touches: each needs an address register or a reload in every iteration, and hardware
@@ -50,6 +52,7 @@ def fuse(graph: Graph, ctx: Context) -> Graph:
     grouping = _Grouping(graph, ctx)
     for position in range(len(graph.nodes)):
         grouping.add(position)
+    grouping.form_strips()
     fused = graph.with_nodes(grouping.nodes_in_order())
     return _drop_unused_views(fused)
 
@@ -115,6 +118,14 @@ def spread_of(form: Form, domain: Domain) -> str | None:
     if _same(form.numel, outer * inner):
         return "row"
     return "outer" if _same(form.numel, outer) else None
+
+
+def again(member: Member, domain: Domain) -> Member | None:
+    """``member`` in another domain, not in columns; reductions of the columns of a strip stay that."""
+    if member.spread != "strip":
+        return make_member(member.placed.form, member.position, domain, column=False)
+    placed = place(member.placed.form, domain, "strip")
+    return None if placed is None else Member(member.position, "strip", placed)
 
 
 def make_member(form: Form, position: int, domain: Domain, column: bool) -> Member | None:
@@ -246,6 +257,44 @@ class _Grouping:
                 self._unite(number, other, Group(domain, group.column, tuple(members)))
                 return
 
+    def form_strips(self) -> None:
+        """Unite reductions of columns with the loops over rows that share most bytes with them."""
+        for number, unit in enumerate(self.units):
+            group = unit.group
+            if group is None or not group.column or not group.domain.inner or len(group.domain.outer) < 2:
+                continue
+            if self._device(group.members[0].placed.form.node) != "cuda":
+                continue
+            shared: dict[int, int] = {}
+            for name in unit.touches:
+                value = self.graph.defs[name]
+                for other in self.readers.get(name, ()):
+                    if other != number and self.units[other].group is not None:
+                        shared[other] = shared.get(other, 0) + hint(getattr(value, "nbytes", 0), self.graph.size_hints)
+            for other in sorted(shared, key=lambda o: (-shared[o], o)):
+                if self._make_strips(other, number):
+                    break
+
+    def _make_strips(self, number: int, columns: int) -> bool:
+        rows, joining = self.units[number].group, self.units[columns].group
+        assert rows is not None
+        assert joining is not None
+        if len(self.units[number].touches | self.units[columns].touches) > MAX_BUFFERS:
+            return False
+        if self._path_between(number, columns) or self.units[number].ancestors >> columns & 1:
+            return False
+        group = strip_group(rows, joining, again)
+        if group is None:
+            return False
+        seen: list[Member] = []
+        for member in group.members:
+            if not self._consistent(seen, member):
+                return False
+            seen.append(member)
+        self._unite(number, columns, group)
+        self.ctx.verdict("fuse", joining.members[0].name, f"in strips with {rows.members[-1].name}", "read once")
+        return True
+
     def _path_between(self, a: int, b: int) -> bool:
         """Whether a third unit lies on a path from one to the other."""
         for start, end in ((a, b), (b, a)):
@@ -268,7 +317,7 @@ class _Grouping:
             self.unit_of[position] = number
         for name in rival.touches:
             self.readers[name] = list(dict.fromkeys(number if u == other else u for u in self.readers[name]))
-        rival.group, rival.positions = None, []
+        rival.group, rival.positions, rival.ancestors = None, [], 0
         for third in self.units:
             if third.ancestors & both:
                 third.ancestors |= unit.ancestors | both

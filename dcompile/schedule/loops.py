@@ -188,13 +188,16 @@ def place(form: Form, domain: Domain, spread: str) -> Placed | None:
 
     Args:
         spread: ``"row"``: the form's axes cover outer x inner; ``"outer"``: they cover outer alone; ``"fold"``: its
-            axes cover outer and its reduced axes cover inner.
+            axes cover outer and its reduced axes cover inner; ``"strip"``: its axes cover the first outer axis and
+            inner, its reduced axes the other outer axes.
     """
     mapping: dict[sympy.Symbol, sympy.Expr] = {}
     if spread == "row":
         pairs = [(form.axes, domain.outer_axes + domain.inner_axes)]
     elif spread == "outer":
         pairs = [(form.axes, domain.outer_axes)]
+    elif spread == "strip":
+        pairs = [(form.axes, domain.outer_axes[:1] + domain.inner_axes), (form.raxes, domain.outer_axes[1:])]
     else:
         pairs = [(form.axes, domain.outer_axes), (form.raxes, domain.inner_axes)]
     for own, target in pairs:

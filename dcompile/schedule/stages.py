@@ -23,6 +23,7 @@ from dcompile.schedule.inline import tidy
 from dcompile.schedule.layout import dense_stride
 from dcompile.schedule.loops import coefficient, form_of
 from dcompile.schedule.split import CPU, Hint, Processor, choose_parts
+from dcompile.schedule.strips import StripFinder
 
 
 def split_reductions(graph: Graph, ctx: Context, reuse: bool = True) -> Graph:
@@ -33,7 +34,11 @@ def split_reductions(graph: Graph, ctx: Context, reuse: bool = True) -> Graph:
             can do both.
     """
     nodes: list[Node] = []
+    strips = StripFinder(graph, ctx)
     for node in graph.nodes:
+        if (in_strips := _in_strips(graph, node, ctx, strips)) is not None:
+            nodes += in_strips
+            continue
         stages = [node]
         while (cut := _cut(graph, stages[0], ctx, reuse and len(stages) == 1)) is not None:
             stages[0:1] = cut
@@ -94,6 +99,20 @@ def _cut(graph: Graph, node: Node, ctx: Context, reuse: bool) -> tuple[Reduction
     return _by_blocks(graph, node, parts, runs)
 
 
+def _in_strips(graph: Graph, node: Node, ctx: Context, finder: StripFinder) -> tuple[Reduction, Reduction] | None:
+    """Two stages of a reduction of columns that may run beside loops over the rows; None if it may not."""
+    if not isinstance(node, Reduction) or runs_along(graph, node) is not Hint.OUTER:
+        return None
+    processor = processor_of(node.out.device, ctx)
+    sizes = (product(tuple(size for _, size in axes)) for axes in (node.raxes, node.axes))
+    reduced, outputs = (hint(size, graph.size_hints) for size in sizes)
+    if not processor.multiprocessors or outputs <= 1:
+        return None
+    _, parts = choose_parts(reduced, outputs, Hint.OUTER, processor)
+    count = finder.strips(node, parts, processor.multiprocessors)
+    return None if count is None else _by_blocks(graph, node, count, Hint.OUTER, exact=True)
+
+
 def _has_hints(graph: Graph, node: Reduction) -> bool:
     """Whether every extent is a number or follows from sizes the caller passes."""
     given = {item.symbol for item in graph.inputs if isinstance(item, SizeInput)}
@@ -131,22 +150,28 @@ def _by_rows(graph: Graph, node: Reduction, rows: int) -> tuple[Reduction, Reduc
     return _stages(graph, node, parts, node.raxes[rows:], dict(names), None, Hint.INNER)
 
 
-def _by_blocks(graph: Graph, node: Reduction, parts: int, runs: Hint) -> tuple[Reduction, Reduction]:
-    """Stage one reduces ``parts`` blocks, of the first reduced axis if that is long enough, else of all in a row."""
+def _by_blocks(
+    graph: Graph, node: Reduction, parts: int, runs: Hint, exact: bool = False
+) -> tuple[Reduction, Reduction]:
+    """Stage one reduces ``parts`` blocks, of the first reduced axis if that is long enough, else of all in a row.
+
+    Args:
+        exact: ``parts`` divides all reduced axes together; it must divide the first one if that is used alone.
+    """
     first, rest = node.raxes[0], node.raxes[1:]
-    if isinstance(first[1], int) and first[1] >= parts:
+    if isinstance(first[1], int) and first[1] >= parts and (first[1] % parts == 0 or not exact):
         axes: tuple[Axis, ...] = (first,)
     else:
         axes, rest = node.raxes, ()
     total = product(tuple(size for _, size in axes))
-    exact = isinstance(total, int) and total % parts == 0
+    even = isinstance(total, int) and total % parts == 0
     block: Size = -(-total // parts) if isinstance(total, int) else as_size(FloorDiv(as_expr(total + parts - 1), parts))
     part, inside = _variable(node, "part"), _variable(node, "inside")
     flat = part * as_expr(block) + inside
     places = unflatten(flat, tuple(size for _, size in axes))
     ranges = {part: parts, inside: block}
     mapping = {var: simplify(at, ranges) for (var, _), at in zip(axes, places, strict=True)}
-    guard = None if exact else ex.op("lt", ex.index(flat), ex.index(as_expr(total)))
+    guard = None if even else ex.op("lt", ex.index(flat), ex.index(as_expr(total)))
     return _stages(graph, node, ((part, parts),), ((inside, block), *rest), mapping, guard, runs)
 
 

@@ -10,6 +10,8 @@ from typing import Any
 import sympy
 import torch
 
+from dcompile.analyse.context import Context
+from dcompile.analyse.cost import H200, CostModel
 from dcompile.codegen.triton import TritonModule, TritonSignature, print_triton
 from dcompile.codegen.triton_launch import Launch
 from dcompile.collectives.text import parse_graph
@@ -22,8 +24,10 @@ from dcompile.ir.kernel import Accumulator, Fold, Kernel, Nest, Write
 from dcompile.ir.nodes import Ref, Scan
 from dcompile.ir.ops import OPS, SPECIAL_BINARY, SPECIAL_UNARY
 from dcompile.ir.types import DType, Value
+from dcompile.options import Options
 from dcompile.schedule.batch import batch_kernels
 from dcompile.schedule.fuse import fuse
+from dcompile.schedule.stages import split_reductions
 from tests.unit.codegen.kernels import (
     BF16,
     BOOL,
@@ -247,6 +251,39 @@ graph f(x: f32[5, 48], w: f32[48]) {
 STORED = LAYER_NORM.replace("return %o", "return %o, %d")
 """A row that is stored in one pass and read again in the next."""
 
+NORM_GRADIENT = """
+graph f(x: f32[96, 48]@cuda, dy: f32[96, 48]@cuda, w: f32[48]@cuda, mean: f32[96]@cuda, rstd: f32[96]@cuda) {
+  h: f32[96, 48]@cuda = pointwise (i0: 96, i1: 48) (x[i0, i1] - mean[i0]) * rstd[i0]
+  a: f32[96]@cuda = reduce sum (i0: 96; r0: 48) dy[i0, r0] * w[r0]
+  b: f32[96]@cuda = reduce sum (i0: 96; r0: 48) dy[i0, r0] * w[r0] * h[i0, r0]
+  g: f32[96, 48]@cuda = pointwise (i0: 96, i1: 48) dy[i0, i1] * w[i1] * 48.0:f32 - a[i0] - h[i0, i1] * b[i0]
+  dx: f32[96, 48]@cuda = pointwise (i0: 96, i1: 48) g[i0, i1] * rstd[i0]
+  dw: f32[48]@cuda = reduce sum (i0: 48; r0: 96) dy[r0, i0] * h[r0, i0]
+  db: f32[48]@cuda = reduce sum (i0: 48; r0: 96) dy[r0, i0]
+  top: f32[48]@cuda = reduce max (i0: 48; r0: 96) dx[r0, i0]
+  return %dx, %dw, %db, %top
+}"""
+"""The backward of a layer norm: reductions of rows and of columns of the same elements."""
+
+BIAS_GRADIENT = """
+graph f(x: bf16[96, 56]@cuda, dy: bf16[96, 56]@cuda) {
+  dx: f32[96, 56]@cuda = pointwise (i0: 96, i1: 56) to_f32(dy[i0, i1]) * exp(to_f32(x[i0, i1]))
+  db: f32[56]@cuda = reduce sum (i0: 56; r0: 96) dx[r0, i0]
+  return %dx, %db
+}"""
+"""A loop without reductions of rows, and the sums of its columns."""
+
+
+def strips_case(text: str, tolerance: float = 2e-5, launch: Launch | None = None) -> Case:
+    """A LOOPS graph on a GPU of four multiprocessors, so that few rows make enough strips."""
+    ctx = Context(Options(), CostModel({"cuda": replace(H200, multiprocessors=4)}, {}))
+    graph = fuse(split_reductions(parse_graph(text).check(), ctx), ctx).check()
+    torch.manual_seed(0)
+    values = [item for item in graph.inputs if isinstance(item, Value)]
+    inputs: Inputs = [torch.randn([int(n) for n in v.shape]).to(v.dtype.torch) for v in values]
+    return Case(graph, inputs, tolerance, {0: launch} if launch else None)
+
+
 COLUMNS = """
 graph f(x: f32[37, 20]) {
   s: f32[20] = reduce sum (i0: 20; r0: 37) x[r0, i0]
@@ -366,6 +403,10 @@ CASES: dict[str, Callable[[], Case]] = {
     "layer_norm": lambda: fused_case(LAYER_NORM),
     "stored": lambda: fused_case(STORED),
     "stored_looped": lambda: fused_case(STORED, launch=LOOPED),
+    "strips": lambda: strips_case(NORM_GRADIENT),
+    "strips_one_row": lambda: strips_case(NORM_GRADIENT, launch=Launch(1, 64, True, 2, 3)),
+    "strips_flat": lambda: strips_case(BIAS_GRADIENT),
+    "strips_blocks": lambda: strips_case(BIAS_GRADIENT, launch=Launch(4, 32, True, 1, 2)),
     "full": lambda: fused_case(FULL),
     "full_looped": lambda: fused_case(FULL, launch=replace(LOOPED, block=1)),
     "count": lambda: fused_case(COUNT),
