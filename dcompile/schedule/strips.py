@@ -182,7 +182,7 @@ def in_strips(group: Group, row: tuple[Stmt, ...], roles: tuple[Role, ...], posi
     start = tuple(Write(_carried(m), position, neutral(_kind(m), m.out.dtype)[0]) for m in columns)
     ends = tuple(Write(m.name, m.placed.address, ex.load(_carried(m), (position,), m.out.dtype)) for m in columns)
     strips, *rows = group.domain.outer_axes
-    body = (
+    body: tuple[Stmt, ...] = (
         *(Scratch(_carried(m), m.out.dtype, size) for m in columns),
         Nest(inner, roles, start),
         Nest(tuple(rows), (Role.SERIAL,) * len(rows), row),
