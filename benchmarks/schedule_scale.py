@@ -3,13 +3,16 @@
     python benchmarks/schedule_scale.py
 
 The graph is a chain of layers. Each computes a gradient of its input, from it the gradients of its parameters, and
-launches an all-reduce for each. Needs no ranks and no device. Writes ``benchmarks/results/<date>-schedule_scale.json``.
+launches an all-reduce for each. Times are those of the processor. Each size is scheduled with buckets of the chosen
+size, and with every collective on its own, which leaves all of them to the overlap pass. Needs no ranks and no device.
+Returns an error if a size takes longer than its limit. Writes ``benchmarks/results/<date>-schedule_scale.json``.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import sys
 import time
@@ -28,6 +31,7 @@ from dcompile.ir.types import DType, Value, contiguous_stride
 from dcompile.options import Options
 from dcompile.schedule.bucket import bucket_collectives
 from dcompile.schedule.overlap import overlap, predict
+from dcompile.watch import collector_rests
 
 SIZES = ((2_000, 100), (10_000, 500), (36_000, 1_800))
 """(nodes, collectives)."""
@@ -38,13 +42,18 @@ SHAPE = (512, 512)
 
 @dataclass(frozen=True)
 class Row:
-    """Seconds of each part for one size."""
+    """CPU seconds of each part for one size."""
 
     nodes: int
     collectives: int
+    buckets: str
     bucket_s: float
     overlap_s: float
     predict_s: float
+
+    @property
+    def total_s(self) -> float:
+        return round(self.bucket_s + self.overlap_s + self.predict_s, 3)
 
 
 def backward(nodes: int, collectives: int) -> Graph:
@@ -78,19 +87,20 @@ def backward(nodes: int, collectives: int) -> Graph:
 
 
 def timed(graph: Graph, run: Callable[[Graph, Context], Graph], ctx: Context) -> tuple[Graph, float]:
-    began = time.perf_counter()
-    found = run(graph, ctx)
-    return found, time.perf_counter() - began
+    began = time.process_time()
+    with collector_rests():  # as in the pipeline
+        found = run(graph, ctx)
+    return found, time.process_time() - began
 
 
-def measure(nodes: int, collectives: int) -> Row:
+def measure(nodes: int, collectives: int, bucket_bytes: int | None) -> Row:
     graph = backward(nodes, collectives)
-    ctx = Context(Options(), CostModel.analytical("cuda", 8))
+    ctx = Context(Options(bucket_bytes=bucket_bytes), CostModel.analytical("cuda", 8))
     bucketed, bucket_s = timed(graph, bucket_collectives, ctx)
     ordered, overlap_s = timed(bucketed, overlap, ctx)
-    began = time.perf_counter()
-    predict(ordered, ctx, bucketed)
-    return Row(len(graph.nodes), collectives, bucket_s, overlap_s, time.perf_counter() - began)
+    _, predict_s = timed(ordered, lambda last, ctx: (predict(last, ctx, bucketed), last)[1], ctx)
+    buckets = "chosen" if bucket_bytes is None else "none"
+    return Row(len(graph.nodes), collectives, buckets, bucket_s, overlap_s, predict_s)
 
 
 def main() -> int:
@@ -98,20 +108,24 @@ def main() -> int:
     parser.add_argument("--profile", action="store_true", help="show where the time of the largest size goes")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
+    load_before = os.getloadavg()[0]
     if options.profile:
         import cProfile
 
-        cProfile.run(f"measure{SIZES[-1]}", sort="tottime")
+        cProfile.run(f"measure({SIZES[-1][0]}, {SIZES[-1][1]}, None)", sort="tottime")
         return 0
-    rows = [measure(*size) for size in SIZES]
-    for row in rows:
-        total = row.bucket_s + row.overlap_s + row.predict_s
-        limit = LIMITS_S.get(row.nodes // 1000 * 1000)
-        print(json.dumps(row.__dict__ | {"total_s": round(total, 3), "limit_s": limit}))
-    text = json.dumps({"machine": platform.platform(), "rows": [row.__dict__ for row in rows]}, indent=1)
+    rows = []
+    for bucket_bytes in (None, 1):
+        for size in SIZES:
+            row = measure(*size, bucket_bytes)
+            rows.append(row.__dict__ | {"total_s": row.total_s, "limit_s": LIMITS_S.get(size[0])})
+            print(json.dumps(rows[-1]), flush=True)
+    facts = {"command": "python benchmarks/schedule_scale.py", "machine": platform.platform()}
+    facts |= {"python": platform.python_version(), "load_before": load_before}
     options.results.mkdir(exist_ok=True)
+    text = json.dumps({**facts, "rows": rows}, indent=1)
     (options.results / f"{date.today()}-schedule_scale.json").write_text(text + "\n")
-    return 0
+    return int(any(row["limit_s"] and row["total_s"] > row["limit_s"] for row in rows))
 
 
 if __name__ == "__main__":

@@ -137,6 +137,7 @@ def _affine(address: _Address) -> tuple[tuple[Size, ...], Size] | None:
     return tuple(steps), as_size(offset)
 
 
+@once_a_graph
 def storage_roots(graph: Graph) -> dict[str, str]:
     """Every tensor name to the name of the first value in its storage.
 

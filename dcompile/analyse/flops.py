@@ -50,10 +50,13 @@ def work(node: Node, graph: Graph) -> Work:
 
 def dense_bytes(value: Value, graph: Graph) -> int:
     """Bytes of the elements of ``value``, gaps not counted, a broadcast dimension counted once."""
-    hints = graph.size_hints
-    sizes = (hint(n, hints) for n, step in zip(value.shape, value.stride, strict=True) if step != 0)
-    empty = any(size == 0 for size in value.shape)
-    return 0 if empty else prod(sizes) * value.dtype.itemsize
+    nbytes = value.dtype.itemsize
+    for size, step in zip(value.shape, value.stride, strict=True):
+        if size == 0:
+            return 0
+        if step != 0:
+            nbytes *= size if isinstance(size, int) else hint(size, graph.size_hints)
+    return nbytes
 
 
 def is_placed(part: str, pack: Pack, graph: Graph) -> bool:

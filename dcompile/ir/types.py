@@ -32,6 +32,8 @@ class DType(Enum):
     C128 = "c128"
     U64 = "u64"
 
+    __hash__ = object.__hash__  # members are singletons: identity is what equality is, and costs no call
+
     @property
     def torch(self) -> TorchDType:
         """The same type in PyTorch."""

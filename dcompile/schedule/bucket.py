@@ -138,19 +138,37 @@ def _fill(members: Sequence[Member], limit_bytes: int) -> list[Bucket]:
 
     A bucket closes when the next member would exceed the limit or depends on a result of the bucket.
     """
-    opened: dict[tuple[object, ...], list[int]] = {}
+    opened: dict[tuple[object, ...], _Open] = {}
     closed: list[list[int]] = []
     for number in sorted(range(len(members)), key=lambda n: (members[n].available, members[n].start)):
         member = members[number]
-        current = opened.get(member.key, [])
-        full = sum(members[n].nbytes for n in current) + member.nbytes > limit_bytes
-        depends = any(member.needs >> n & 1 or members[n].needs >> number & 1 for n in current)
-        if current and (full or depends):
-            closed.append(current)
-            current = []
-        opened[member.key] = [*current, number]
-    closed += opened.values()
+        current = opened.get(member.key)
+        if current is None:
+            current = opened[member.key] = _Open()
+        elif current.refuses(number, member, limit_bytes):
+            closed.append(current.numbers)
+            current = opened[member.key] = _Open()
+        current.add(number, member)
+    closed += (bucket.numbers for bucket in opened.values())
     return sorted((tuple(members[n] for n in bucket) for bucket in closed), key=lambda b: b[0].start)
+
+
+class _Open:
+    """A bucket that is being filled; ``needs`` is what its members' launches depend on, as a bit mask of members."""
+
+    def __init__(self) -> None:
+        self.numbers: list[int] = []
+        self.nbytes = self.needs = self.mask = 0
+
+    def refuses(self, number: int, member: Member, limit_bytes: int) -> bool:
+        full = self.nbytes + member.nbytes > limit_bytes
+        return full or bool(member.needs & self.mask) or bool(self.needs >> number & 1)
+
+    def add(self, number: int, member: Member) -> None:
+        self.numbers.append(number)
+        self.nbytes += member.nbytes
+        self.needs |= member.needs
+        self.mask |= 1 << number
 
 
 def _members(graph: Graph, before: Sequence[tuple[int, ...]], ctx: Context) -> list[Member]:

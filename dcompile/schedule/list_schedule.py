@@ -11,7 +11,6 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 
-from dcompile.ir.nodes import View
 from dcompile.schedule.live import Footing, LiveBytes
 from dcompile.schedule.simulate import Clock, Problem
 
@@ -52,6 +51,7 @@ class _Scheduler:
         patient: bool,
     ) -> None:
         self.problem, self.priority, self.patient = problem, priority, patient
+        self.transfer = problem.transfer
         self.cap_bytes, self.budget_bytes = cap_bytes, budget_bytes
         self.clock, self.live = Clock(problem), LiveBytes(ground)
         self.order: list[int] = []
@@ -59,35 +59,13 @@ class _Scheduler:
         self.flying: dict[int, int] = {}
         """Bytes of each launched collective that is not waited for, by position of its Wait, in launch order."""
         self.flying_bytes = 0
-        nodes = problem.graph.nodes
-        self.lazy = [p in problem.start_of or isinstance(nodes[p], View) for p in range(len(nodes))]
-        self._look_through()
+        links = problem.links
+        self.before, self.lazy, self.users, self.waits = links.before, links.lazy, links.users, links.waits
+        self.missing = list(links.missing)
         self.future: list[tuple[float, tuple[float, int]]] = []
         self.ready: list[tuple[float, int]] = []
         self.launches: list[tuple[float, int]] = []
         """Starts whose operands are ready, by priority; few, because launches of a group keep their order."""
-
-    def _look_through(self) -> None:
-        """For each node the eager nodes and the waits it needs, seen through lazy nodes."""
-        eager: list[set[int]] = []
-        self.waits: list[set[int]] = []
-        self.missing = [0] * len(self.lazy)
-        self.users: list[list[int]] = [[] for _ in self.lazy]
-        for position, before in enumerate(self.problem.before):
-            needs: set[int] = set()
-            waits = {position} if position in self.problem.start_of else set()
-            for other in before:
-                if self.lazy[other]:
-                    needs |= eager[other]
-                    waits |= self.waits[other]
-                else:
-                    needs.add(other)
-            eager.append(needs)
-            self.waits.append(waits)
-            if not self.lazy[position] or position in self.problem.start_of:
-                self.missing[position] = len(needs)
-                for other in needs:
-                    self.users[other].append(position)
 
     def run(self) -> tuple[int, ...]:
         for position, missing in enumerate(self.missing):
@@ -104,8 +82,11 @@ class _Scheduler:
 
     def _arrive(self, position: int) -> None:
         """A node whose eager needs have run; it is ready when the transfers it waits for have ended."""
-        ends = (self._end_of(wait) for wait in self.waits[position] if not self.done[wait])
-        heapq.heappush(self.future, (max(ends, default=0.0), self.priority[position]))
+        ends = 0.0
+        for wait in self.waits[position]:
+            if not self.done[wait]:
+                ends = max(ends, self._end_of(wait))
+        heapq.heappush(self.future, (ends, self.priority[position]))
 
     def _end_of(self, wait: int) -> float:
         return self.clock.transfers[self.problem.start_of[wait]][1]
@@ -113,10 +94,12 @@ class _Scheduler:
     def _mature(self) -> None:
         while self.future and self.future[0][0] <= self.clock.now:
             key = heapq.heappop(self.future)[1]
-            heapq.heappush(self.launches if key[1] in self.problem.transfer else self.ready, key)
+            heapq.heappush(self.launches if key[1] in self.transfer else self.ready, key)
 
     def _launch(self) -> bool:
         """Launch the most urgent Start that may go now."""
+        if not self.launches:
+            return False
         for key in sorted(self.launches):
             if not self._held(key[1]) and self._make_room(key[1]):
                 self.launches.remove(key)
@@ -160,7 +143,7 @@ class _Scheduler:
 
     def _suits(self, key: tuple[float, int]) -> bool:
         room = self.budget_bytes - (self.live.now - self.flying_bytes)
-        return self.live.need(key[1]) <= room and not self._delays_urgent(key)
+        return self.live.need(key[1]) <= room and not (self.patient and self._delays_urgent(key))
 
     def _delays_urgent(self, key: tuple[float, int]) -> bool:
         """Whether the node would still run when a transfer ends that a more urgent node waits for."""
@@ -189,22 +172,25 @@ class _Scheduler:
 
     def _run(self, position: int) -> None:
         """Run a node, and before it the lazy nodes it needs, in program order."""
-        found: set[int] = set()
-        stack = [position]
-        while stack:
-            node = stack.pop()
-            if node not in found:
-                found.add(node)
-                stack.extend(other for other in self.problem.before[node] if not self.done[other])
-        for node in sorted(found):
-            self._run_one(node)
+        before, done = self.before, self.done
+        stack = [other for other in before[position] if not done[other]]
+        if stack:
+            found: set[int] = set()
+            while stack:
+                node = stack.pop()
+                if node not in found:
+                    found.add(node)
+                    stack.extend(other for other in before[node] if not done[other])
+            for node in sorted(found):
+                self._run_one(node)
+        self._run_one(position)
 
     def _run_one(self, position: int) -> None:
         self.clock.step(position)
         self.live.step(position)
         self.done[position] = True
         self.order.append(position)
-        if position in self.problem.transfer:
+        if position in self.transfer:
             self.flying[self.problem.wait_of[position]] = self.problem.carried[position]
             self.flying_bytes += self.problem.carried[position]
         elif position in self.flying:

@@ -53,30 +53,37 @@ class LiveBytes:
     """Counts bytes alive as nodes run; ``now`` after the last node, ``peak`` the most during any node so far."""
 
     def __init__(self, ground: Footing) -> None:
-        self._ground = ground
+        self._touched, self._nbytes = ground.touched, ground.nbytes
         self._left = list(ground.users)
-        self._born = [False] * len(ground.users)
+        self._unborn = list(ground.nbytes)
+        """Bytes of each storage that no node has touched yet; 0 afterwards."""
         self.now = 0
         self.peak = 0
 
     def need(self, position: int) -> int:
         """Bytes the node would allocate."""
-        return sum(self._ground.nbytes[s] for s in self._ground.touched[position] if not self._born[s])
+        need = 0
+        for storage in self._touched[position]:
+            need += self._unborn[storage]
+        return need
 
     def change(self, position: int) -> int:
         """Bytes alive after the node less bytes alive before it."""
-        dying = sum(self._ground.nbytes[s] for s in self._ground.touched[position] if self._left[s] == 1)
+        dying = sum(self._nbytes[s] for s in self._touched[position] if self._left[s] == 1)
         return self.need(position) - dying
 
     def step(self, position: int) -> None:
         """Run the node."""
-        self.now += self.need(position)
-        self.peak = max(self.peak, self.now)
-        for storage in self._ground.touched[position]:
-            self._born[storage] = True
-            self._left[storage] -= 1
-            if self._left[storage] == 0:
-                self.now -= self._ground.nbytes[storage]
+        now, dead, left, unborn = self.now, 0, self._left, self._unborn
+        for storage in self._touched[position]:
+            now += unborn[storage]
+            unborn[storage] = 0
+            left[storage] -= 1
+            if left[storage] == 0:
+                dead += self._nbytes[storage]
+        if now > self.peak:
+            self.peak = now
+        self.now = now - dead
 
 
 def peak_bytes(ground: Footing, order: Sequence[int]) -> int:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import accumulate
+
 from dcompile.analyse.context import Context
 from dcompile.collectives.nodes import Start
 from dcompile.ir.graph import Graph
@@ -45,36 +48,47 @@ def _intervals(problem: Problem, run: Run) -> tuple[Interval, ...]:
 
 def _exposures(problem: Problem, run: Run, cap_bytes: int) -> tuple[Exposure, ...]:
     """One for each collective, in launch order."""
-    independent = _Independent(problem)
+    reasons = _Reasons(problem, run, cap_bytes)
     found = []
     for start, exposed_us in sorted(run.exposed.items()):
         node = problem.graph.nodes[start]
         assert isinstance(node, Start)
         total_us = run.transfers[start][1] - run.begin[start]
-        reason = _reason(problem, run, start, cap_bytes, independent) if exposed_us > 0 else "hidden under compute"
+        reason = reasons.of(start) if exposed_us > 0 else "hidden under compute"
         found.append(Exposure(node.pending.name, exposed_us, total_us, reason))
     return tuple(found)
 
 
-def _reason(problem: Problem, run: Run, start: int, cap_bytes: int, independent: _Independent) -> str:
-    """Why the compute lane stood still for the collective launched at ``start``."""
-    wait = problem.wait_of[start]
-    hidden_us = sum(problem.cost[start + 1 : wait])
-    queued_us = run.transfers[start][0] - run.end[start]
-    if queued_us > run.exposed[start] / 2:
-        return f"queued {queued_us:.0f} us behind earlier collectives of {problem.lane[start]}"
-    other = independent.after(wait)
-    if other is None:
-        readers = [p for p in problem.after[wait] if p > wait]
-        if hidden_us == 0 and readers:
-            only = "only " if len(readers) == 1 else "first "
-            return f"waited at once by its {only}reader {_name(problem, readers[0])}"
-        return f"no independent work after {_name(problem, _last_busy(problem, wait))}"
-    busy = _in_flight(problem, start)
-    if busy and busy + problem.carried[start] >= cap_bytes:
-        return f"in-flight cap: {busy} bytes were in flight at its launch, {cap_bytes} are allowed"
-    work = f"only {hidden_us:.0f} us of work between launch and wait"
-    return f"{work}; {_name(problem, other)} could run there but comes later"
+class _Reasons:
+    """Why the compute lane stands still for collectives. What all of them need is found in one sweep."""
+
+    def __init__(self, problem: Problem, run: Run, cap_bytes: int) -> None:
+        self.problem, self.run, self.cap_bytes = problem, run, cap_bytes
+        self.spent = (0.0, *accumulate(problem.cost))
+        """Compute time before each position."""
+        self.in_flight = _in_flight(problem)
+        waits = sorted(problem.wait_of[start] for start, us in run.exposed.items() if us > 0)
+        self.independent = _independent(problem, waits)
+
+    def of(self, start: int) -> str:
+        """Of the collective launched at ``start``."""
+        problem, run, wait = self.problem, self.run, self.problem.wait_of[start]
+        hidden_us = self.spent[wait] - self.spent[start + 1]
+        queued_us = run.transfers[start][0] - run.end[start]
+        if queued_us > run.exposed[start] / 2:
+            return f"queued {queued_us:.0f} us behind earlier collectives of {problem.lane[start]}"
+        other = self.independent.get(wait)
+        if other is None:
+            readers = [p for p in problem.after[wait] if p > wait]
+            if hidden_us <= 0 and readers:
+                only = "only " if len(readers) == 1 else "first "
+                return f"waited at once by its {only}reader {_name(problem, readers[0])}"
+            return f"no independent work after {_name(problem, _last_busy(problem, wait))}"
+        busy = self.in_flight[start]
+        if busy and busy + problem.carried[start] >= self.cap_bytes:
+            return f"in-flight cap: {busy} bytes were in flight at its launch, {self.cap_bytes} are allowed"
+        work = f"only {hidden_us:.0f} us of work between launch and wait"
+        return f"{work}; {_name(problem, other)} could run there but comes later"
 
 
 def _name(problem: Problem, position: int) -> str:
@@ -89,31 +103,38 @@ def _last_busy(problem: Problem, wait: int) -> int:
     return next((p for p in reversed(range(wait)) if problem.cost[p] > 0), 0)
 
 
-def _in_flight(problem: Problem, start: int) -> int:
-    """Bytes in flight when the node at ``start`` is launched."""
-    return sum(problem.carried[s] for s in problem.carried if s < start < problem.wait_of[s])
+def _in_flight(problem: Problem) -> dict[int, int]:
+    """Bytes in flight when each Start is launched."""
+    found: dict[int, int] = {}
+    flying = 0
+    for position in range(len(problem.cost)):
+        if position in problem.carried:
+            found[position] = flying
+            flying += problem.carried[position]
+        elif position in problem.start_of:
+            flying -= problem.carried[problem.start_of[position]]
+    return found
 
 
-class _Independent:
-    """Finds compute that does not need a given node. Sets of positions are bit masks: node 0 is the lowest bit."""
-
-    def __init__(self, problem: Problem) -> None:
-        self._busy = sum(1 << p for p, cost in enumerate(problem.cost) if cost > 0)
-        self._problem = problem
-        self._needs: list[int] | None = None
-
-    def after(self, position: int) -> int | None:
-        """The first node behind ``position`` that takes compute time and does not depend on it."""
-        if self._needs is None:
-            self._needs = self._dependents()
-        rest = self._busy & ~self._needs[position] & (-1 << (position + 1))
-        return (rest & -rest).bit_length() - 1 if rest else None
-
-    def _dependents(self) -> list[int]:
-        masks = [0] * len(self._problem.cost)
-        for position in reversed(range(len(masks))):
-            mask = 0
-            for after in self._problem.after[position]:
-                mask |= masks[after] | (1 << after)
-            masks[position] = mask
-        return masks
+def _independent(problem: Problem, waits: Sequence[int]) -> dict[int, int]:
+    """For each of ``waits`` (ascending) the first node behind it that takes compute time and does not need it; waits
+    without one are left out. Sets of waits are bit masks: the first wait is the lowest bit."""
+    found: dict[int, int] = {}
+    number = {wait: n for n, wait in enumerate(waits)}
+    masks = [0] * len(problem.cost)
+    passed = 0  # waits so far that have no such node yet
+    for position, before in enumerate(problem.before):
+        mask = 0
+        for other in before:
+            mask |= masks[other]
+        free = passed & ~mask if problem.cost[position] > 0 else 0
+        passed &= ~free
+        while free:
+            low = free & -free
+            found[waits[low.bit_length() - 1]] = position
+            free ^= low
+        if position in number:
+            mask |= 1 << number[position]
+            passed |= 1 << number[position]
+        masks[position] = mask
+    return found

@@ -14,10 +14,9 @@ from dataclasses import dataclass, field
 
 from dcompile.analyse.context import NodePrices
 from dcompile.analyse.cost import CostModel
-from dcompile.analyse.dependence import predecessors
-from dcompile.collectives.nodes import Start, Wait
-from dcompile.ir.graph import Graph, hint
-from dcompile.ir.index import as_size
+from dcompile.collectives.nodes import Start
+from dcompile.ir.graph import Graph
+from dcompile.schedule.links import Links, links
 
 MAX_CONTENTION = 0.95
 """Compute never stands still for a transfer beside it, even where the cost model says that nothing is hidden (gloo on
@@ -30,61 +29,61 @@ class Problem:
     """What scheduling needs to know of a graph; all lists are indexed by position, all times are microseconds.
 
     Attributes:
-        before: direct predecessors in program order (ascending).
-        after: direct successors (ascending).
+        links: who needs whom.
         cost: time on the compute lane.
         transfer: time on the communication lane, by position of the Start.
         contention: share of a transfer added to compute beside it, by position of the Start.
-        carried: bytes of sources and results in flight, by position of the Start.
-        lane: group label, by position of the Start.
-        wait_of, start_of: the two ends of each collective.
     """
 
     graph: Graph
-    before: tuple[tuple[int, ...], ...]
-    after: tuple[tuple[int, ...], ...]
+    links: Links
     cost: tuple[float, ...]
     transfer: dict[int, float]
     contention: dict[int, float]
-    carried: dict[int, int]
-    lane: dict[int, str]
-    wait_of: dict[int, int]
-    start_of: dict[int, int]
+
+    @property
+    def before(self) -> tuple[tuple[int, ...], ...]:
+        return self.links.before
+
+    @property
+    def after(self) -> tuple[tuple[int, ...], ...]:
+        return self.links.after
+
+    @property
+    def carried(self) -> dict[int, int]:
+        return self.links.carried
+
+    @property
+    def lane(self) -> dict[int, str]:
+        return self.links.lane
+
+    @property
+    def wait_of(self) -> dict[int, int]:
+        return self.links.wait_of
+
+    @property
+    def start_of(self) -> dict[int, int]:
+        return self.links.start_of
 
 
 def prepare(graph: Graph, costs: CostModel, prices: NodePrices | None = None) -> Problem:
     """Dependences and prices of ``graph``; ``prices`` is read and filled when given."""
     known: NodePrices = {} if prices is None else prices
-    before = tuple(tuple(sorted(found)) for found in predecessors(graph))
-    after: list[list[int]] = [[] for _ in graph.nodes]
-    for position, found in enumerate(before):
-        for other in found:
-            after[other].append(position)
     cost = []
     for node in graph.nodes:
-        if id(node) not in known:
-            known[id(node)] = (node, costs.node_us(node, graph))
-        cost.append(known[id(node)][1])
-    problem = Problem(graph, before, tuple(map(tuple, after)), tuple(cost), {}, {}, {}, {}, {}, {})
-    for position, node in enumerate(graph.nodes):
-        if isinstance(node, Start):
-            problem.transfer[position] = costs.transfer_us(node, graph)
-            problem.contention[position] = min(costs.contention(node), MAX_CONTENTION)
-            problem.carried[position] = _carried_bytes(graph, node)
-            problem.lane[position] = node.group.label
-        elif isinstance(node, Wait):
-            start = graph.producer[node.pending]
-            problem.wait_of[start] = position
-            problem.start_of[position] = start
-    return problem
-
-
-def _carried_bytes(graph: Graph, start: Start) -> int:
-    """Bytes a collective holds from launch to wait, at the size hints."""
-    values = [graph.value(name) for name in start.operands]
-    if not start.pending.in_place:
-        values += start.pending.results
-    return sum(hint(as_size(value.nbytes), graph.size_hints) for value in values)
+        found = known.get(id(node))
+        if found is None:
+            found = known[id(node)] = (node, costs.node_us(node, graph))
+        cost.append(found[1])
+    tied = links(graph)
+    transfer: dict[int, float] = {}
+    contention: dict[int, float] = {}
+    for position in tied.wait_of:
+        node = graph.nodes[position]
+        assert isinstance(node, Start), "what a wait ends is a launch"
+        transfer[position] = costs.transfer_us(node, graph)
+        contention[position] = min(costs.contention(node), MAX_CONTENTION)
+    return Problem(graph, tied, tuple(cost), transfer, contention)
 
 
 @dataclass
@@ -98,18 +97,27 @@ class Clock:
     free: dict[str, float] = field(default_factory=dict)
     """When the last transfer of each lane ends."""
     queues: dict[str, deque[tuple[float, float, float]]] = field(default_factory=dict)
-    """Begin, end and contention of the transfers of each lane that have not ended, first to last."""
+    """Begin, end and contention of the transfers of each lane that have not ended, first to last; no empty ones."""
+
+    def __post_init__(self) -> None:
+        self._start_of, self._cost, self._transfer = self.problem.start_of, self.problem.cost, self.problem.transfer
 
     def step(self, position: int) -> float:
         """Run one node; returns the time the compute lane stood still for a transfer before it."""
         exposed = 0.0
-        start = self.problem.start_of.get(position)
+        start = self._start_of.get(position)
         if start is not None:
             ready = self.transfers[start][1]
-            exposed = max(0.0, ready - self.now)
-            self.now = max(self.now, ready)
-        self._compute(self.problem.cost[position])
-        if position in self.problem.transfer:
+            if ready > self.now:
+                exposed = ready - self.now
+                self.now = ready
+        work = self._cost[position]
+        if work > 0:
+            if self.queues:
+                self._compute(work)
+            else:
+                self.now += work
+        if position in self._transfer:
             self._launch(position)
         return exposed
 
@@ -126,15 +134,18 @@ class Clock:
         """Advance by ``work`` microseconds of undisturbed compute."""
         while work > 0:
             slow, change = 0.0, None
-            for queue in self.queues.values():
+            for lane in list(self.queues):
+                queue = self.queues[lane]
                 while queue and queue[0][1] <= self.now:
                     queue.popleft()
-                if queue:
-                    begin, end, contention = queue[0]
-                    running = begin <= self.now
-                    slow += contention if running else 0.0
-                    edge = end if running else begin
-                    change = edge if change is None else min(change, edge)
+                if not queue:
+                    del self.queues[lane]
+                    continue
+                begin, end, contention = queue[0]
+                running = begin <= self.now
+                slow += contention if running else 0.0
+                edge = end if running else begin
+                change = edge if change is None else min(change, edge)
             speed = 1.0 - min(slow, MAX_CONTENTION)
             if change is None or work <= (change - self.now) * speed:
                 self.now += work / speed
@@ -167,12 +178,13 @@ def simulate(problem: Problem, order: Sequence[int]) -> Run:
     begin: dict[int, float] = {}
     end: dict[int, float] = {}
     exposed: dict[int, float] = {}
+    start_of = problem.start_of
     for position in order:
         begin[position] = clock.now
         stood = clock.step(position)
         end[position] = clock.now
-        if position in problem.start_of:
-            exposed[problem.start_of[position]] = stood
+        if position in start_of:
+            exposed[start_of[position]] = stood
     return Run(clock.now, begin, end, clock.transfers, exposed)
 
 
@@ -194,17 +206,22 @@ def tails(problem: Problem) -> Tails:
     count = len(problem.cost)
     path, urgency = [0.0] * count, [0.0] * count
     queue: dict[str, float] = {}
+    successors, cost, transfer = problem.after, problem.cost, problem.transfer
     for position in reversed(range(count)):
-        rest = max((path[after] for after in problem.after[position]), default=0.0)
-        if position in problem.transfer:
+        rest = need = 0.0
+        for other in successors[position]:
+            if path[other] > rest:
+                rest = path[other]
+            if urgency[other] > need:
+                need = urgency[other]
+        if position in transfer:
             lane = problem.lane[position]
             last = max(path[problem.wait_of[position]], queue.get(lane, 0.0))
-            queue[lane] = problem.transfer[position] + last
+            queue[lane] = transfer[position] + last
             rest = max(rest, queue[lane])
-        path[position] = problem.cost[position] + rest
-        urgency[position] = max((urgency[after] for after in problem.after[position]), default=0.0)
-        if position in problem.transfer:
-            urgency[position] = max(urgency[position], path[position])
+            need = max(need, cost[position] + rest)
+        path[position] = cost[position] + rest
+        urgency[position] = need
     return Tails(path, urgency)
 
 

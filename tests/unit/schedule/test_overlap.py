@@ -284,7 +284,7 @@ def test_memory_stays_near_that_of_program_order() -> None:
     assert most <= PEAK_FACTOR
 
 
-def test_ten_thousand_nodes_take_a_second_or_two() -> None:
+def test_ten_thousand_nodes_take_less_than_a_second_or_two() -> None:
     rungs = 500
     filler = "".join(op(f"f{n}_{k}", f"f{n}_{k - 1}" if k else f"a{n}") for n in range(rungs) for k in range(16))
     rows = ladder(rungs).replace("return", filler + "return")
@@ -296,9 +296,9 @@ def test_ten_thousand_nodes_take_a_second_or_two() -> None:
     bound_us = lower_bound(problem)
     assert len(before.nodes) > 9_500
     assert bound_us < makespan_us
-    assert time.process_time() - began < 5.0
+    assert time.process_time() - began < 2.0
     began = time.process_time()
     after = overlap(before, ctx)
     assert after != before
-    # about a second and a half on a quiet core, most of it dependences and the legality check
-    assert time.process_time() - began < 15.0
+    # a third of a second on a quiet core, most of it the legality check
+    assert time.process_time() - began < 4.0
