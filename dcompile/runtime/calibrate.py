@@ -1,8 +1,9 @@
 """Prices measured on this machine: how long collectives take, how much they slow compute beside them, how fast it is.
 
-Every rank of a group takes part. What they measured travels through the group's store, each number becomes the median
-over the ranks, so all ranks go on with the same prices; a rank that does not come is named after the deadline. Results
-are kept on disk under what they depend on: hosts, backend, number of ranks, device, threads and versions.
+Every rank of a group takes part. What they measured travels through the group's store, so all ranks go on with the same
+prices; a rank that does not come is named after the deadline. A collective takes as long as on the rank where it takes
+longest, all having started together; compute takes the median of the ranks. Results are kept on disk under what they
+depend on: hosts, backend, number of ranks, device, threads, versions, and the environment's settings of the links.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import socket
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +30,27 @@ from dcompile.runtime.agree import exchange
 from dcompile.runtime.board import at_new_world
 from dcompile.runtime.comm import Team, find_group
 
-SIZES = (4 << 10, 32 << 10, 256 << 10, 1 << 20, 4 << 20, 16 << 20)
+SIZES = (4 << 10, 32 << 10, 128 << 10, 512 << 10, 2 << 20, 8 << 20, 32 << 20)
 """Payload bytes measured; between them time is taken to be linear. The largest is as long as buckets get on slow links
 before their latency no longer matters."""
 
-ROUNDS, SECONDS = 9, 6.0
+ROUNDS, SECONDS = 15, 8.0
 """Each size is measured this often, in turns, so that a disturbance does not meet all repeats of one size; less often
 once so much time has passed on every rank."""
 
-CONTENTION_BYTES = 4 << 20
+LEAST_ROUNDS = 3
+"""Rounds that count whatever they take; the first one does not, it opens connections."""
+
+LINK_SETTINGS = ("NCCL_", "TORCH_NCCL_", "GLOO_", "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_MAX_CONNECTIONS", "UCX_", "FI_")
+"""How environment variables begin that change what a collective costs."""
+
+NO_LINK_SETTINGS = ("NCCL_DEBUG", "NCCL_COMM_ID", "TORCH_NCCL_DUMP", "TORCH_NCCL_TRACE", "TORCH_NCCL_DEBUG")
+"""Those among them that only say what is written down, or where ranks meet."""
+
+FORMAT = 2
+"""Number of the way in which results are measured and kept: those of others are not read."""
+
+CONTENTION_BYTES = 2 << 20
 """The all-reduce run beside matrix products: a bucket of middle size."""
 
 _numbers: Counter[str] = Counter()
@@ -77,8 +90,7 @@ def calibrate(group: dist.ProcessGroup | None, folder: Path | None, deadline_s: 
     name = str(group.group_name)
     _numbers[name] += 1
     talk = exchange(team, deadline_s, f"calibration/{_numbers[name]}")
-    hosts = talk.all("host", socket.gethostname())
-    path = _path(folder, group, hosts, device)
+    path = _path(folder, talk.all("facts", json.dumps(link_facts(group, device))))
     stored = talk.all("stored", path.read_text() if path is not None and path.exists() else "")
     if stored[0]:  # the first rank's counts, so that all have the same though they share no disk
         found = Calibration.from_json(stored[0])
@@ -100,13 +112,25 @@ def _on_cuda(group: dist.ProcessGroup) -> bool:
     return "nccl" in str(dist.get_backend(group)) and torch.cuda.is_available()
 
 
-def _path(folder: Path | None, group: dist.ProcessGroup, hosts: list[str], device: torch.device) -> Path | None:
+def link_facts(group: dist.ProcessGroup, device: torch.device) -> list[Any]:
+    """What the prices of ``group`` depend on, as this rank sees it: host, backend, device, threads, versions, and every
+    setting of the links in the environment."""
+    model = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    backend = str(dist.get_backend_config(group))
+    settings = {
+        name: value
+        for name, value in sorted(os.environ.items())
+        if name.startswith(LINK_SETTINGS) and not name.startswith(NO_LINK_SETTINGS)
+    }
+    return [socket.gethostname(), backend, model, cores, torch.get_num_threads(), torch.__version__, settings]
+
+
+def _path(folder: Path | None, facts: list[str]) -> Path | None:
+    """Where results are kept; ``facts``: those of all ranks, in their order."""
     if folder is None:
         return None
-    model = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    facts = [hosts, str(dist.get_backend_config(group)), model, torch.get_num_threads(), torch.__version__]
-    facts += [os.environ.get(name, "") for name in ("GLOO_SOCKET_IFNAME", "NCCL_P2P_DISABLE", "NCCL_SOCKET_IFNAME")]
-    return folder / "links" / f"{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]}.json"
+    return folder / "links" / f"{hashlib.sha256(json.dumps([FORMAT, *facts]).encode()).hexdigest()[:24]}.json"
 
 
 def _write(path: Path, text: str) -> None:
@@ -117,19 +141,14 @@ def _write(path: Path, text: str) -> None:
     partial.replace(path)
 
 
+Key = tuple[Kind, int]
+"""A kind of collective and its payload in bytes."""
+
+
 def _measure(team: Team, device: torch.device, agree: Callable[[str, str], list[str]]) -> Calibration:
     if team.size < 2:
         raise DCompileError("a group of one rank has no links to calibrate")
-    runs = {(kind, size): _prepared(kind, size, team, device) for kind in KINDS for size in SIZES}
-    times: dict[tuple[Kind, int], list[float]] = {key: [] for key in runs}
-    began = time.perf_counter()
-    for number in range(ROUNDS):
-        for key, run in runs.items():
-            times[key].append(_timed_us(run, device))
-        late = agree(f"round{number}", str(time.perf_counter() - began > SECONDS))
-        if number >= 2 and "True" in late:
-            break
-    points = {key: undisturbed(found[1:]) for key, found in times.items()}  # the first round opens connections
+    points = measured_us([(kind, size) for kind in KINDS for size in SIZES], team, device, agree)
     curves = {kind: tuple((size, points[kind, size]) for size in SIZES) for kind in KINDS}
     return Calibration(
         ranks=team.size,
@@ -140,9 +159,42 @@ def _measure(team: Team, device: torch.device, agree: Callable[[str, str], list[
     )
 
 
+def measured_us(
+    keys: Sequence[Key], team: Team, device: torch.device, agree: Callable[[str, str], list[str]]
+) -> dict[Key, float]:
+    """Undisturbed microseconds of each collective; the same on all ranks, all of which must call it.
+
+    The collectives take turns. Before each one the ranks meet, so that none of them counts its wait for a late one.
+    A collective takes as long as it takes the rank that is last to have it.
+
+    Args:
+        agree: gives the texts of all ranks under a key, see ``agree.exchange``.
+    """
+    runs = {key: _prepared(*key, team, device) for key in keys}
+    meet = _prepared(Kind.ALL_REDUCE, 4 * team.size, team, device)
+    times: list[list[float]] = []
+    began = time.perf_counter()
+    for number in range(ROUNDS):
+        times.append([])
+        for run in runs.values():
+            for _ in range(MEETINGS):
+                meet().wait()
+            times[-1].append(_timed_us(run, device))
+        late = agree(f"round{number}", str(time.perf_counter() - began > SECONDS))
+        if number >= LEAST_ROUNDS and "True" in late:
+            break
+    ranks = [json.loads(text) for text in agree("times", json.dumps(times[1:]))]  # the first round opens connections
+    slowest = [[max(of) for of in zip(*rows, strict=True)] for rows in zip(*ranks, strict=True)]
+    return {key: undisturbed([row[n] for row in slowest]) for n, key in enumerate(runs)}
+
+
+MEETINGS = 2
+"""Small all-reduces before each measurement: after the first all ranks are there, the second lets them go together."""
+
+
 def _prepared(kind: Kind, nbytes: int, team: Team, device: torch.device) -> Callable[[], Any]:
     """One collective of ``nbytes`` payload, as a function that launches it and gives its work."""
-    count = nbytes // 4 // team.size * team.size
+    count = max(nbytes // 4 // team.size, 1) * team.size
     whole, part = torch.zeros(count, device=device), torch.zeros(count // team.size, device=device)
     other = torch.zeros(count, device=device)
     group = team.process_group
