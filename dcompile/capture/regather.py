@@ -3,7 +3,9 @@
 A gather of a parameter is marked where it is written (``GATHER`` below, through ``torch.fx.traceback.annotate``). The
 chain from the shard to what the model reads (cast, gather, wait, views) depends on the shard alone, so it can stand
 anywhere: directly before its first reader, and once more in the backward graph instead of keeping the gathered
-parameter alive in between. FSDP does that with ``reshard_after_forward`` (Zhao et al., VLDB 2023).
+parameter alive in between. FSDP does that with ``reshard_after_forward`` (Zhao et al., VLDB 2023). In between lies a
+middle way: each rank keeps a piece, and the ranks of a smaller group, close to each other, put it together again
+(``torch.ops.dcompile.keep_piece`` marks where).
 """
 
 from __future__ import annotations
@@ -18,16 +20,37 @@ from torch import fx
 from torch._ops import OpOverload
 
 from dcompile.capture.comm import communication
+from dcompile.capture.origins import SOURCE
 from dcompile.capture.outputs import edit_output, edit_outputs, outputs_of
+
+aten = torch.ops.aten
 
 GATHER = "dcompile_gather"
 """Key of the annotation on a gather; its value is one of the two below."""
-KEEP, AGAIN = "keep", "again"
-"""Whether the gathered parameter is kept for the backward pass, or gathered again there."""
+KEEP, AGAIN, PIECE = "keep", "again", "piece"
+"""Whether the gathered parameter is kept for the backward pass, gathered again there, or kept in pieces and gathered
+from these. As a value of the annotation the last one is ``AGAIN`` too: the op ``keep_piece`` behind it says how."""
+
+_LIBRARY = torch.library.Library("dcompile", "FRAGMENT")
+_LIBRARY.define("keep_piece(Tensor stacked, Tensor position, int pieces, str group) -> Tensor")
+
+
+def _keep_piece(stacked: torch.Tensor, position: torch.Tensor, pieces: int, group: str) -> torch.Tensor:
+    """``stacked`` itself, of which the rank with number ``position`` (int64, one element) of ``group`` may keep one of
+    ``pieces`` equal parts of the first dimension."""
+    return stacked.clone()
+
+
+_LIBRARY.impl("keep_piece", _keep_piece, "CompositeExplicitAutograd")
+torch.library.register_fake("dcompile::keep_piece", lambda stacked, *_: torch.empty_like(stacked), lib=_LIBRARY)
 
 
 def gather_before_use(gm: fx.GraphModule) -> None:
-    """Move each gather chain directly before its first reader, in place."""
+    """Move each gather chain directly before its first reader, in place. Marks of kept pieces go."""
+    for node in list(gm.graph.nodes):
+        if _piece(node):
+            node.replace_all_uses_with(node.args[0])
+            gm.graph.erase_node(node)
     chain = _chains(gm)
     if not chain:
         return
@@ -57,21 +80,27 @@ def gather_again(fwd: fx.GraphModule, bwd: fx.GraphModule, num_fwd_outputs: int)
     chain = _chains(fwd)
     inputs = {node.name: node for node in bwd.graph.nodes if node.op == "placeholder"}
     clones: dict[fx.Node, fx.Node] = {}
+    pieces: dict[fx.Node, fx.Node] = {}
+    front = next(node for node in bwd.graph.nodes if node.op != "placeholder")
     replaced = 0
     for saved in dict.fromkeys(outputs_of(fwd)[num_fwd_outputs:]):
         if saved not in chain or not _all_marked(saved, chain, AGAIN) or saved.name not in inputs:
             continue
-        shard, received = _input_of(saved, chain), inputs.pop(saved.name)
+        received = inputs.pop(saved.name)
         place = outputs_of(fwd).index(saved, num_fwd_outputs)
-        if shard.name in inputs:
+        marker = _marker_of(saved, chain)
+        source = _input_of(saved, chain) if marker is None else _piece_of(marker, fwd, pieces)
+        if source.name in inputs:
             edit_outputs(fwd, partial(_without, place))
         else:
-            edit_output(fwd, place, shard)
+            edit_output(fwd, place, source)
             with bwd.graph.inserting_before(received):
-                inputs[shard.name] = bwd.graph.placeholder(shard.name)
-            inputs[shard.name].meta = dict(shard.meta)
-        clones[shard] = inputs[shard.name]
-        with bwd.graph.inserting_before(next(n for n in bwd.graph.nodes if n.op != "placeholder")):
+                inputs[source.name] = bwd.graph.create_node("placeholder", source.name, name=source.name)
+            inputs[source.name].meta = dict(source.meta)
+        clones[source] = inputs[source.name]
+        with bwd.graph.inserting_before(front):
+            if marker is not None and marker not in clones:
+                clones[marker] = _gathered_from_pieces(marker, inputs[source.name], bwd)
             received.replace_all_uses_with(_clone(saved, bwd, clones))
         bwd.graph.erase_node(received)
         replaced += 1
@@ -80,6 +109,57 @@ def gather_again(fwd: fx.GraphModule, bwd: fx.GraphModule, num_fwd_outputs: int)
             gm.graph.lint()
             gm.recompile()
     return replaced
+
+
+def _piece(node: fx.Node) -> bool:
+    return node.target is torch.ops.dcompile.keep_piece.default
+
+
+def _marker_of(saved: fx.Node, chain: dict[fx.Node, None]) -> fx.Node | None:
+    """The mark of a kept piece that ``saved`` is computed from."""
+    found = _closure([saved], lambda node: [source for source in _sources(node) if source in chain])
+    return next((node for node in found if _piece(node)), None)
+
+
+def _piece_of(marker: fx.Node, fwd: fx.GraphModule, pieces: dict[fx.Node, fx.Node]) -> fx.Node:
+    """What this rank keeps, computed in the forward graph. Which piece it is is known at run time: all ranks run the
+    same program."""
+    if marker not in pieces:
+        stacked, position, count, _ = marker.args
+        rows, *rest = _shape(stacked)
+        with fwd.graph.inserting_after(marker):
+            table = _call(fwd, aten.view.default, (stacked, [count, rows // count, *rest]), marker)
+        with fwd.graph.inserting_after(table):
+            chosen = _call(fwd, aten.index_select.default, (table, 0, position), marker)
+        with fwd.graph.inserting_after(chosen):
+            pieces[marker] = _call(fwd, aten.view.default, (chosen, [rows // count, *rest]), marker)
+    return pieces[marker]
+
+
+def _gathered_from_pieces(marker: fx.Node, piece: fx.Node, bwd: fx.GraphModule) -> fx.Node:
+    """What ``marker`` stands for, put together in the backward graph."""
+    ops = torch.ops._c10d_functional
+    gather = _call(bwd, ops.all_gather_into_tensor.default, (piece, *marker.args[2:]), marker)
+    gather.meta["custom"] = {GATHER: AGAIN}
+    return _call(bwd, ops.wait_tensor.default, (gather,), marker)
+
+
+def _shape(node: Any) -> list[int]:
+    return list(node.meta["val"].shape)
+
+
+def _call(gm: fx.GraphModule, target: OpOverload, args: tuple[Any, ...], like: fx.Node) -> fx.Node:
+    """A new node at the insertion point, with the value it has while tracing and the origin of ``like``."""
+    node = gm.graph.call_function(target, args)
+    node.meta = {key: like.meta[key] for key in ("stack_trace", "nn_module_stack", SOURCE) if key in like.meta}
+    with like.meta["val"].fake_mode:
+        node.meta["val"] = target(*fx.map_arg(args, lambda source: source.meta["val"]))
+    return node
+
+
+def _sources(node: fx.Node) -> list[fx.Node]:
+    """What ``node`` computes from: the mark of a kept piece from the parameter alone."""
+    return node.all_input_nodes[:1] if _piece(node) else node.all_input_nodes
 
 
 def _without(position: int, entries: list[Any]) -> list[Any]:
@@ -93,11 +173,11 @@ def _chains(gm: fx.GraphModule) -> dict[fx.Node, None]:
         if node.op == "placeholder":
             root[node] = node
         elif communication(node) or (node.op == "call_function" and not node.is_impure() and not _random(node)):
-            sources = {root.get(source) for source in node.all_input_nodes}
+            sources = {root.get(source) for source in _sources(node)}
             if len(sources) == 1 and None not in sources:
                 root[node] = next(source for source in sources if source is not None)
     marked = {node for node in gm.graph.nodes if _mark(node) and node in root}
-    feeding = _closure(marked, lambda node: node.all_input_nodes)
+    feeding = _closure(marked, _sources)
     reading = _closure(marked, lambda node: [user for user in node.users if user in root])
     members = {node for node in (feeding | reading) if node.op != "placeholder" and node in root}
     return {node: None for node in gm.graph.nodes if node in members}
@@ -126,7 +206,7 @@ def _mark(node: fx.Node) -> str | None:
 
 def _all_marked(node: fx.Node, chain: dict[fx.Node, None], mark: str) -> bool:
     """Whether ``node`` comes from gathers that all carry ``mark``."""
-    marks = {_mark(n) for n in _closure([node], lambda n: [s for s in n.all_input_nodes if s in chain])} - {None}
+    marks = {_mark(n) for n in _closure([node], lambda n: [s for s in _sources(n) if s in chain])} - {None}
     return marks == {mark}
 
 
