@@ -101,15 +101,15 @@ class FullySharded(Wrapper):
             return gather(padded, position, sharding, unit.mode())
         unreduced, partly = self._unreduced[name], self._partly[name]
         if not group.reduce_grads:
-            return cast(Any, GatherUnreduced.apply)(padded, position, unreduced, sharding, unit.mode())
+            return _apply(GatherUnreduced, padded, position, unreduced, sharding, unit.mode())
         how = (sharding, unit.mode(), group.force_sum_reduction_for_comms)
         local = unreduced.grad
         unreduced.grad = None
         if sharding.copies > 1 and not group.all_reduce_grads:
-            return cast(Any, GatherReducedPartly.apply)(padded, position, local, partly, *how)
-        full = cast(Any, Gather.apply)(shard, padded, position, local, partly.grad, *how)
+            return _apply(GatherReducedPartly, padded, position, local, partly, *how)
+        full = _apply(Gather, shard, padded, position, local, partly.grad, *how)
         partly.grad = None
-        return cast(torch.Tensor, full)
+        return full
 
     def _as_parameter(self, name: str, local: torch.Tensor) -> torch.Tensor:
         """What the module reads: the gathered tensor itself, or a DTensor around it where it is tensor parallel."""
@@ -205,6 +205,10 @@ def fully_sharded(module: nn.Module) -> FullySharded:
 def is_fully_sharded(module: nn.Module) -> bool:
     """Whether ``fully_shard`` was applied to ``module`` or one inside it, and its hooks are still there."""
     return not isinstance(module, FullySharded) and any(isinstance(child, FSDPModule) for child in module.modules())
+
+
+def _apply(function: type[torch.autograd.Function], *args: Any) -> torch.Tensor:
+    return cast(torch.Tensor, cast(Any, function.apply)(*args))
 
 
 def _with_zero_gradients(result: Any, parameters: list[torch.Tensor]) -> Any:

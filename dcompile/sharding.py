@@ -6,7 +6,7 @@ Everything here is traced: collectives are functional ops, so that they become n
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch.fx.traceback import annotate
@@ -161,14 +161,14 @@ def gather(padded: torch.Tensor, position: torch.Tensor, sharding: Sharding, mod
     if sharding.world == 1:
         return source.view_as(source)
     with annotate({GATHER: KEEP if mode == KEEP else AGAIN}):
-        stacked = ops.wait_tensor(ops.all_gather_into_tensor(source, sharding.world, sharding.group))
+        stacked: torch.Tensor = ops.wait_tensor(ops.all_gather_into_tensor(source, sharding.world, sharding.group))
     if mode == PIECE:
         stacked = torch.ops.dcompile.keep_piece(stacked, position, sharding.pieces, sharding.piece_group)
     if sharding.dim:
         stacked = torch.cat(stacked.chunk(sharding.world, 0), sharding.dim)
     if stacked.shape[sharding.dim] == sharding.rows:
-        return cast(torch.Tensor, stacked)
-    return cast(torch.Tensor, stacked.narrow(sharding.dim, 0, sharding.rows))
+        return stacked
+    return stacked.narrow(sharding.dim, 0, sharding.rows)
 
 
 def reduce_gradient(
@@ -198,8 +198,8 @@ def reduce_gradient(
         whole = reduced if partly is None else reduced + partly
         reduced = ops.wait_tensor(ops.all_reduce(whole, op, sharding.replicas))
     elif sharding.copies > 1:
-        return cast(torch.Tensor, reduced)  # divided afterwards with the rest
-    return cast(torch.Tensor, reduced * (1.0 / after) if after != 1.0 else reduced)
+        return reduced  # divided afterwards with the rest
+    return reduced * (1.0 / after) if after != 1.0 else reduced
 
 
 def _divisors(sharding: Sharding, sums_only: bool) -> tuple[float, float, bool]:

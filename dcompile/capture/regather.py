@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -31,7 +31,7 @@ KEEP, AGAIN, PIECE = "keep", "again", "piece"
 """Whether the gathered parameter is kept for the backward pass, gathered again there, or kept in pieces and gathered
 from these. As a value of the annotation the last one is ``AGAIN`` too: the op ``keep_piece`` behind it says how."""
 
-_LIBRARY = torch.library.Library("dcompile", "FRAGMENT")
+_LIBRARY: Any = cast(Any, torch.library.Library)("dcompile", "FRAGMENT")
 _LIBRARY.define("keep_piece(Tensor stacked, Tensor position, int pieces, str group) -> Tensor")
 
 
@@ -125,8 +125,9 @@ def _piece_of(marker: fx.Node, fwd: fx.GraphModule, pieces: dict[fx.Node, fx.Nod
     """What this rank keeps, computed in the forward graph. Which piece it is is known at run time: all ranks run the
     same program."""
     if marker not in pieces:
-        stacked, position, count, _ = marker.args
-        rows, *rest = _shape(stacked)
+        arguments: Any = marker.args
+        stacked, position, count, _ = arguments
+        rows, *rest = stacked.meta["val"].shape
         with fwd.graph.inserting_after(marker):
             table = _call(fwd, aten.view.default, (stacked, [count, rows // count, *rest]), marker)
         with fwd.graph.inserting_after(table):
@@ -144,13 +145,9 @@ def _gathered_from_pieces(marker: fx.Node, piece: fx.Node, bwd: fx.GraphModule) 
     return _call(bwd, ops.wait_tensor.default, (gather,), marker)
 
 
-def _shape(node: Any) -> list[int]:
-    return list(node.meta["val"].shape)
-
-
 def _call(gm: fx.GraphModule, target: OpOverload, args: tuple[Any, ...], like: fx.Node) -> fx.Node:
     """A new node at the insertion point, with the value it has while tracing and the origin of ``like``."""
-    node = gm.graph.call_function(target, args)
+    node: fx.Node = gm.graph.call_function(target, args)
     node.meta = {key: like.meta[key] for key in ("stack_trace", "nn_module_stack", SOURCE) if key in like.meta}
     with like.meta["val"].fake_mode:
         node.meta["val"] = target(*fx.map_arg(args, lambda source: source.meta["val"]))
