@@ -21,6 +21,7 @@ from dcompile.capture.comm import actions_have_effects
 from dcompile.capture.decompositions import decompositions
 from dcompile.capture.functional import functionalise_collectives
 from dcompile.capture.in_place import write_in_place
+from dcompile.capture.interpolation import whole_gradients
 from dcompile.capture.normalise import drop_idle_waits, normalise
 from dcompile.capture.opaque import lift_opaque
 from dcompile.capture.origins import mark_sources
@@ -98,7 +99,8 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any], compile_graph: Co
     functionalise_collectives(gm)
     prefer_channels_last(gm, example_inputs)
     # Saved activations are owned by autograd: not donated to the backward program, so that a graph can be retained.
-    with functorch_config.patch(donated_buffer=False, unlift_effect_tokens=True), actions_have_effects(gm):
+    settings = functorch_config.patch(donated_buffer=False, unlift_effect_tokens=True)
+    with settings, actions_have_effects(gm), whole_gradients():
         return aot_autograd(
             fw_compiler=compiler("forward"),
             bw_compiler=compiler("backward"),

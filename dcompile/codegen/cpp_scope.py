@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import sympy
 
 from dcompile.codegen.cpp_expr import load_text, op_text, reports
-from dcompile.codegen.cpp_types import index_text, literal, register_type
+from dcompile.codegen.cpp_types import LARGEST_INT32, bounds, index_text, literal, register_type
 from dcompile.errors import CompilerBug
 from dcompile.ir import expr as ex
 from dcompile.ir.index import FloorDiv, Mod
@@ -257,6 +257,8 @@ class Emitter:
     def _text(self, node: ex.Expr) -> str:
         if isinstance(node, ex.Op):
             args = tuple(self.value(arg) for arg in node.args)
+            if node.name == "to" and node.dtype.is_float and self._is_short(node.args[0]):
+                return op_text("to", (f"(int32_t){args[0]}",), DType.I32, node.dtype)
             return op_text(node.name, args, node.args[-1].dtype, node.dtype)
         if isinstance(node, ex.Load):
             if len(node.index) != 1:
@@ -267,6 +269,13 @@ class Emitter:
         if isinstance(node, ex.Index):
             return self._as(self.index(node.expr, node.bind), node.dtype)
         raise CompilerBug(f"no C++ text for {type(node).__name__}")
+
+    def _is_short(self, node: ex.Expr) -> bool:
+        """Whether ``node`` is an index that surely fits 32 bits: AVX2 converts no longer integers to floats."""
+        if not isinstance(node, ex.Index) or node.dtype is not DType.I64 or node.bind:
+            return False
+        reach = bounds(node.expr, self.extents)
+        return reach is not None and -LARGEST_INT32 <= reach[0] and reach[1] <= LARGEST_INT32
 
     def _as(self, text: str, dtype: DType) -> str:
         return text if dtype is DType.I64 else op_text("to", (text,), DType.I64, dtype)

@@ -22,6 +22,7 @@ from dcompile.lower import (
     scatter,
     special,
     storage,
+    upsample,
     view,
 )
 from dcompile.lower.constants import OnDevice
@@ -49,6 +50,7 @@ FAMILIES = (
     matmul,
     norm,
     pooling,
+    upsample,
     special,
     collective,
 )
