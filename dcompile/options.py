@@ -44,6 +44,8 @@ class Options:
         timeline: record start and end of every step at run time.
         freeze: weights of inference graphs rarely change: those of large CPU convolutions and linear layers are packed
             for oneDNN and MKL once, with elementwise epilogues inside the call, whose relu and clamps do not keep NaN.
+        keep_memory: what a step of a CPU program frees stays with the process for the next one (glibc's allocator keeps
+            up to 1 GiB at the end of the heap), unless the environment tunes the allocator already.
         cuda_graphs: replay GPU programs as CUDA graphs where ``pipeline.graph_refusal`` names no reason against it.
     """
 
@@ -66,6 +68,7 @@ class Options:
     tracebacks: bool = False
     cuda_graphs: bool = False
     freeze: bool = False
+    keep_memory: bool = True
 
     def __post_init__(self) -> None:
         """Raises ``DCompileError`` naming the option and the value it cannot have."""
@@ -134,11 +137,20 @@ def _parse(name: str, text: str, variable: str) -> Any:
             "cuda_graphs",
             "compile_once",
             "freeze",
+            "keep_memory",
         ):
             return {"0": False, "1": True, "false": False, "true": True}[text.lower()]
         return text
     except (ValueError, KeyError):
         raise DCompileError(f"environment variable {variable}={text!r} cannot be read") from None
+
+
+ALLOCATOR_VARIABLES = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_", "GLIBC_TUNABLES")
+
+
+def allocator_is_tuned() -> bool:
+    """Whether the user has set thresholds of the C library's allocator."""
+    return any(name in os.environ for name in ALLOCATOR_VARIABLES)
 
 
 def process_life() -> str:

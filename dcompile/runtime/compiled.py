@@ -17,12 +17,13 @@ from typing import Any
 import torch
 
 from dcompile.errors import DeadlineExceeded, Divergence, PeerGone, ToolchainError
-from dcompile.options import Options
+from dcompile.options import Options, allocator_is_tuned
 from dcompile.runtime.agree import agree_on
 from dcompile.runtime.board import compiling
 from dcompile.runtime.cache import Cache
 from dcompile.runtime.comm import TorchComm
 from dcompile.runtime.cuda_graphs import CudaGraphDevice, GraphedProgram
+from dcompile.runtime.kept_memory import keep_freed_memory
 from dcompile.runtime.last_words import end_with
 from dcompile.runtime.once import Building, Place
 from dcompile.runtime.program import Executable
@@ -292,6 +293,8 @@ class CompiledGraph:
                 communicator = settle(self.name, self._groups, loaded.facts.lines, self._options)
                 recorder = RECORDER if self._options.timeline else None
                 plain = Executable(loaded.host, self.name, functions, communicator, recorder, gpu, self._programs)
+                if gpu is None and self._options.keep_memory and not allocator_is_tuned():
+                    keep_freed_memory()
                 self._executable = self._graphed(plain, loaded.facts, gpu) or plain
             return self._executable
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from dcompile.errors import DCompileError
-from dcompile.options import Options, default_cache_dir, process_rank
+from dcompile.options import ALLOCATOR_VARIABLES, Options, allocator_is_tuned, default_cache_dir, process_rank
 
 
 @pytest.fixture(autouse=True)
@@ -38,6 +38,7 @@ READ = {
     "timeline": ("TIMELINE", "TRUE", True),
     "cuda_graphs": ("CUDA_GRAPHS", "1", True),
     "freeze": ("FREEZE", "1", True),
+    "keep_memory": ("KEEP_MEMORY", "0", False),
 }
 """Each option: its variable without the prefix, a text for it, and what the text means."""
 
@@ -118,6 +119,14 @@ def test_the_cache_folder_follows_the_users_settings(monkeypatch: pytest.MonkeyP
 def test_what_changes_programs_is_part_of_every_cache_key(name: str) -> None:
     changed = replace(Options(), **{name: READ[name][2]}).affects_code() != Options().affects_code()
     assert changed == (name in {"eager_ops", "skip", "bucket_bytes", "in_flight_bytes", "assert_layouts", "freeze"})
+
+
+def test_an_allocator_tuned_by_the_user_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ALLOCATOR_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    assert not allocator_is_tuned()
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "131072")
+    assert allocator_is_tuned()
 
 
 def test_the_rank_is_the_launchers(monkeypatch: pytest.MonkeyPatch) -> None:
