@@ -1,8 +1,8 @@
 """Linear interpolation whose gradient stays one op.
 
 While AOTAutograd traces, PyTorch's interpolation ops are Python code that autograd differentiates piece by piece: the
-gradient becomes four scattered, atomic additions for each element of a two-dimensional output. Here the forward stays in
-these pieces, which fuse with what is around them, and the gradient is the op that eager PyTorch calls.
+gradient becomes four scattered, atomic additions for each element of a two-dimensional output. Here the forward stays
+in these pieces, which fuse with what is around them, and the gradient is the op that eager PyTorch calls.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C import DispatchKey
-from torch._decomp.decompositions import upsample_compute_output_size
+from torch._decomp import decompositions
 
 aten = torch.ops.aten
+_output_size: Callable[..., Any] = decompositions.upsample_compute_output_size
 
 GRADIENTS: dict[Any, Any] = {
     aten.upsample_linear1d.vec: aten.upsample_linear1d_backward.default,
@@ -44,12 +45,12 @@ def _whole(pieces: Callable[..., Tensor], gradient: Any) -> Callable[..., Tensor
     """``pieces`` with ``gradient`` as its derivative, where sizes are constant and the elements have a gradient."""
 
     def interpolate(x: Tensor, output_size: Any, align_corners: bool, scale_factors: Sequence[float] | None) -> Tensor:
-        size = upsample_compute_output_size(x.size(), output_size, scale_factors)
+        size = _output_size(x.size(), output_size, scale_factors)
         if not x.is_floating_point() or not all(isinstance(n, int) for n in (*x.shape, *size)):
             return pieces(x, output_size, align_corners, scale_factors)
         scales = tuple(scale_factors) if scale_factors else (None,) * len(size)
-        found: Tensor = _Interpolation.apply(pieces, gradient, x, list(size), align_corners, scales)
-        return found
+        apply: Callable[..., Tensor] = _Interpolation.apply
+        return apply(pieces, gradient, x, list(size), align_corners, scales)
 
     return interpolate
 

@@ -275,7 +275,7 @@ class Emitter:
         if not isinstance(node, ex.Index) or node.dtype is not DType.I64 or node.bind:
             return False
         reach = bounds(node.expr, self.extents)
-        return reach is not None and -LARGEST_INT32 <= reach[0] and reach[1] <= LARGEST_INT32
+        return reach is not None and reach[0] >= -LARGEST_INT32 and reach[1] <= LARGEST_INT32
 
     def _as(self, text: str, dtype: DType) -> str:
         return text if dtype is DType.I64 else op_text("to", (text,), DType.I64, dtype)

@@ -1,7 +1,7 @@
 """Gradients of linear interpolation: every input position gathers from the outputs it took part in.
 
-Along a dimension an output ``o`` lies at ``s(o)`` between the input positions, clamped to them, and input ``i`` enters it
-with the weight ``max(0, 1 - |s(o) - i|)``. The outputs with a weight above zero are neighbours, so that a position's
+Along a dimension an output ``o`` lies at ``s(o)`` between the input positions, clamped to them, and input ``i`` enters
+it with the weight ``max(0, 1 - |s(o) - i|)``. The outputs with a weight above zero are neighbours, so that a position's
 gradient is a sum over a short window and nothing is added atomically.
 """
 
@@ -98,7 +98,8 @@ def linear_backward(
     lead, at = here[:2], here[2:]
     windows = [stretch.window() for stretch in stretches]
     axes = reduce_axes([length for _, length in windows])
-    where, conditions, weight = [], [], const(1, dtype)
+    where, conditions = [], []
+    weight: Expr = const(1, dtype)
     for stretch, i, (first, length), (step, _) in zip(stretches, at, windows, axes, strict=True):
         o = sympy.expand(stretch.base(i) + first + (ZERO if length == 1 else step))
         where.append(o)

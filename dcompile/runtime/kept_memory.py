@@ -1,8 +1,8 @@
 """Memory that one training step frees stays with the process for the next one.
 
-What a step returns and saves for its backward is allocated and freed in every step. The C library gives such memory back
-to the operating system and gets it again page by page, zeroed: 2.4 us for each 4 KiB on a virtual machine, which was an
-eighth of the time of a small ResNet's step on one core. PyTorch's GPU allocators keep freed memory as well.
+What a step returns and saves for its backward is allocated and freed in every step. The C library gives such memory
+back to the operating system and gets it again page by page, zeroed: 2.4 us for each 4 KiB on a virtual machine, which
+was an eighth of the time of a small ResNet's step on one core. PyTorch's GPU allocators keep freed memory as well.
 """
 
 from __future__ import annotations
