@@ -104,10 +104,10 @@ def _checks(node: fx.Node) -> bool:
 
 def _targets() -> set[Any]:
     found: set[Any] = set()
-    for schema in torch._C._jit_get_all_schemas():
-        namespace, _, name = schema.name.partition("::")
+    for registered in torch._C._dispatch_get_all_op_names():
+        namespace, _, name = registered.partition("::")
         if namespace in (NAMESPACE, AUTOGRAD_NAMESPACE):
-            packet = getattr(getattr(torch.ops, namespace), name)
+            packet = getattr(getattr(torch.ops, namespace), name.partition(".")[0])
             found.add(packet)
             found.update(getattr(packet, overload) for overload in packet.overloads())
     return found

@@ -74,9 +74,10 @@ def samples(name: str, dtype: torch.dtype, count: int, grad: bool, in_place: boo
     op = OPERATORS[name]
     function = op.get_inplace() if in_place else op.get_op()
     torch.manual_seed(zlib.crc32(name.encode()))
-    found = list(islice(op.sample_inputs("cpu", dtype, requires_grad=grad), CONSIDERED))
-    usable = [(n, s) for n, s in enumerate(found) if not (in_place and s.broadcasts_input)]
-    return [sample_of(f"{name}[{n}]", function, s) for n, s in _spread(usable, count)]
+    found = enumerate(islice(op.sample_inputs("cpu", dtype, requires_grad=grad), CONSIDERED))
+    usable = ((n, s) for n, s in found if not (in_place and s.broadcasts_input))
+    chosen = islice(usable, 1) if count == 1 else _spread(list(usable), count)
+    return [sample_of(f"{name}[{n}]", function, s) for n, s in chosen]
 
 
 def _spread(items: Sequence[Any], count: int) -> Iterable[Any]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -18,8 +17,12 @@ from pathlib import Path
 
 import torch
 
-from tests.opinfo.check import Report, check_operator
+from tests.opinfo.batch import Batch
+from tests.opinfo.check import Prepared, Report, finish, prepare, summary
 from tests.opinfo.operators import OPERATORS, eligible
+
+TOGETHER = 12
+"""Operators whose kernels share a translation unit."""
 
 HEAD = """# Operators
 
@@ -81,22 +84,36 @@ def read_table(path: Path) -> dict[str, Row]:
     return rows
 
 
-def _checked(name: str, dtype: torch.dtype, count: int, variant: str) -> Report:
-    begun = time.perf_counter()
+def check_together(names: Sequence[str], dtype: torch.dtype, count: int, variant: str) -> list[Report]:
+    """Check some operators, their kernels in one translation unit: the C++ compiler starts once."""
     with tempfile.TemporaryDirectory() as folder:
-        try:
-            report = check_operator(name, dtype, count, Path(folder), variant)
-        except Exception as error:
-            report = Report(name, failures=[f"{name}: {type(error).__name__}: {str(error)[:200]}"])
-    _print(report, time.perf_counter() - begun)
-    return report
+        batch = Batch(Path(folder))
+        prepared: list[Prepared] = []
+        for name in names:
+            print(f"TRACE {name}", flush=True)
+            try:
+                prepared.append(prepare(name, dtype, count, batch, variant))
+            except Exception as error:
+                prepared.append(Prepared(Report(name, failures=[f"{name}: {summary(error)}"]), False))
+        batch.build()
+        return [_finished(one) for one in prepared]
 
 
-def _print(report: Report, seconds: float) -> None:
+def _finished(prepared: Prepared) -> Report:
+    print(f"RUN {prepared.report.name}", flush=True)
+    try:
+        finish(prepared)
+    except Exception as error:
+        prepared.report.failures.append(f"{prepared.report.name}: {summary(error)}")
+    _print(prepared.report)
+    return prepared.report
+
+
+def _print(report: Report) -> None:
     lines = [f"FAIL {line}" for line in report.failures]
     lines += [f"UNTRACEABLE {sample}: {line}" for sample, line in report.untraceable.items()]
     calls = f"K={report.kernels} X={sum(report.library.values())} {'LIBRARY' if report.only_library else ''}"
-    lines.append(f"DONE {report.name} ok={report.ok} {calls} {dict(report.fallbacks) or ''} {seconds:.1f}s")
+    lines.append(f"DONE {report.name} ok={report.ok} {calls} {dict(report.fallbacks) or ''}")
     print("\n".join(lines), flush=True)
 
 
@@ -113,12 +130,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     names = [n for n in eligible(dtype) if any(fnmatch(n, p) for p in given.patterns)]
     if given.variant == "in_place":
         names = [n for n in names if OPERATORS[n].get_inplace() is not None]
-    check = partial(_checked, dtype=dtype, count=given.count, variant=given.variant)
+    check = partial(check_together, dtype=dtype, count=given.count, variant=given.variant)
+    groups = [names[n : n + TOGETHER] for n in range(0, len(names), TOGETHER)]
     if given.jobs == 1:
-        reports = list(map(check, names))
+        found = list(map(check, groups))
     else:
-        with get_context("spawn").Pool(given.jobs, maxtasksperchild=100) as pool:
-            reports = list(pool.imap_unordered(check, names))
+        with get_context("spawn").Pool(given.jobs, maxtasksperchild=10) as pool:
+            found = list(pool.imap_unordered(check, groups))
+    reports = [report for group in found for report in group]
     failing = [r.name for r in reports if r.failures]
     print(f"{len(reports)} operators, {len(failing)} failing: {' '.join(failing)}")
     if given.table is not None:

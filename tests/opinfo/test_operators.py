@@ -88,8 +88,8 @@ def _check_untraceable(case: Case, report: Report) -> None:
         assert case.name not in UNTRACEABLE, f"{case.name} is traceable now"
 
 
-def test_what_eager_rejects_is_rejected(rejecting: str) -> None:
-    wrong = check_rejections(rejecting)
+def test_what_eager_rejects_is_rejected(rejecting: str, tmp_path: Path) -> None:
+    wrong = check_rejections(rejecting, tmp_path)
     assert not wrong, "\n".join(wrong)
 
 
