@@ -153,7 +153,8 @@ def index_text(
             text = " + ".join(visit(arg, False) for arg in _ordered(node)).replace("+ -", "- ")
             return f"({text})" if tight else text
         if isinstance(node, sympy.Mul):
-            return " * ".join(visit(arg, True) for arg in _ordered(node))
+            text = " * ".join(visit(arg, True) for arg in _ordered(node))
+            return f"({text})" if tight else text  # x / (a * b)
         if isinstance(node, FloorDiv | Mod):
             return divide(node)
         if isinstance(node, sympy.Pow) and node.exp.is_Integer and int(node.exp) > 0:

@@ -116,6 +116,12 @@ def test_view_with_symbolic_sizes(name: str) -> None:
     check(VIEWS[name], randn(2, 3, 4, 5) if name != "split" else randn(2, 6, 4, 5), symbolic=True)
 
 
+def test_unfolding_a_number_gives_a_view_of_it() -> None:
+    graph = check(lambda x: x[1].unfold(0, 1, 1), randn(2))
+    assert {type(node) for node in graph.nodes} == {View}
+    check(lambda x: x[1].unfold(0, 0, 1), randn(2))
+
+
 def test_views_compute_nothing() -> None:
     graph = check(lambda x: x.view(6, 20).t()[1:, :4], randn(2, 3, 4, 5))
     assert {type(node) for node in graph.nodes} == {View}
