@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import gc
 import json
 import math
 import os
@@ -38,7 +39,9 @@ from dcompile.backend import backend
 from dcompile.options import Options
 
 BF16, F32 = torch.bfloat16, torch.float32
-BACKENDS = ("eager", "inductor", "dcompile")
+BACKENDS = ("eager", "inductor", "dcompile", "tuned")
+"""``tuned`` is dcompile with ``autotune``."""
+
 ROUNDS, CALLS = 7, 10
 """Timed rounds, and calls queued in each."""
 
@@ -251,14 +254,16 @@ def measure(name: str, make: Callable[[], Case], m: Maker, chosen: Sequence[str]
     for which in chosen:
         torch.compiler.reset()
         dcompile.reset_counters()
+        gc.collect()
         with seeded():
             case = make()
         function = case.function
         try:
             if which == "inductor":
                 function = torch.compile(function, dynamic=False)
-            elif which == "dcompile":
-                function = torch.compile(function, backend=backend(Options.from_env()), dynamic=False)
+            elif which != "eager":
+                options = Options.from_env({"autotune": which == "tuned"})
+                function = torch.compile(function, backend=backend(options), dynamic=False)
             call = training_call(function, case.inputs)
             began = time.perf_counter()
             with seeded(1):
@@ -268,11 +273,12 @@ def measure(name: str, make: Callable[[], Case], m: Maker, chosen: Sequence[str]
             row[f"{which}_share"] = case.nbytes / row[which] / copy
         except Exception:
             row[f"{which}_error"] = traceback.format_exc(limit=-4)
-        if which == "dcompile":
+        if which in ("dcompile", "tuned"):
             counted = dcompile.counters()
             row["kernels"], row["fallbacks"] = counted.kernel_launches, dict(counted.fallbacks)
-    if "eager" in outputs and "dcompile" in outputs:
-        row["distance"] = distance(outputs["dcompile"], outputs["eager"])
+    ours = [which for which in ("dcompile", "tuned") if which in outputs]
+    if "eager" in outputs and ours:
+        row["distance"] = max(distance(outputs[which], outputs["eager"]) for which in ours)
         row["wrong"] = not row["distance"] < 2e-2
     return row
 
@@ -283,11 +289,16 @@ def text_of(row: dict[str, Any]) -> str:
             return f"{row[which]:>10.1f} {100 * row[f'{which}_share']:>4.0f}%"
         return f"{'FAILED' if which + '_error' in row else '-':>16}"
 
-    ratio = row["inductor"] / row["dcompile"] if "inductor" in row and "dcompile" in row else math.nan
+    ratios = " ".join(f"{ratio(row, which):>7.2f}" for which in ("dcompile", "tuned"))
     mark = "  WRONG" if row.get("wrong") else ""
     cells = " ".join(cell(which) for which in BACKENDS)
     rest = f"{row.get('kernels', 0):>4} {row.get('distance', math.nan):>9.1e}{mark} {row.get('fallbacks') or ''}"
-    return f"{row['case']:<20}{cells} {ratio:>7.2f} {rest}"
+    return f"{row['case']:<20}{cells} {ratios} {rest}"
+
+
+def ratio(row: dict[str, Any], which: str) -> float:
+    """How many times Inductor's speed."""
+    return row["inductor"] / row[which] if "inductor" in row and which in row else math.nan
 
 
 def main() -> int:
@@ -304,7 +315,7 @@ def main() -> int:
     print(
         f"torch {torch.__version__} on {where}; copy {copy / 1e6:.2f} TB/s. Microseconds and share of that bandwidth."
     )
-    print(f"{'case':<20}{'eager':>16} {'inductor':>16} {'dcompile':>16} {'ratio':>7} launches, distance from eager")
+    print(f"{'case':<20}" + " ".join(f"{which:>16}" for which in BACKENDS) + "  ratios launches, distance from eager")
     rows = []
     for name, make in cases(m).items():
         if given.only and name not in given.only:
@@ -314,13 +325,15 @@ def main() -> int:
         for which in BACKENDS:
             if f"{which}_error" in rows[-1]:
                 print(f"--- {which}\n{rows[-1][f'{which}_error']}")
-    ratios = [r["inductor"] / r["dcompile"] for r in rows if "inductor" in r and "dcompile" in r]
-    mean = math.exp(statistics.fmean(map(math.log, ratios))) if ratios else math.nan
-    print(f"geometric mean of inductor / dcompile: {mean:.3f} over {len(ratios)}")
+    means = {}
+    for which in ("dcompile", "tuned"):
+        ratios = [found for r in rows if (found := ratio(r, which)) == found]
+        means[which] = math.exp(statistics.fmean(map(math.log, ratios))) if ratios else math.nan
+        print(f"geometric mean of inductor / {which}: {means[which]:.3f} over {len(ratios)}")
     given.results.mkdir(parents=True, exist_ok=True)
     facts = {"date": datetime.date.today().isoformat(), "device": where, "torch": torch.__version__, "copy": copy}
     path = given.results / f"{facts['date']}-gpu_kernels.json"
-    path.write_text(json.dumps({**facts, "command": sys.argv, "mean": mean, "rows": rows}, indent=1))
+    path.write_text(json.dumps({**facts, "command": sys.argv, "means": means, "rows": rows}, indent=1))
     return int(any(row.get("wrong") or "dcompile_error" in row for row in rows))
 
 

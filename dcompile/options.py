@@ -46,6 +46,8 @@ class Options:
             for oneDNN and MKL once, with elementwise epilogues inside the call, whose relu and clamps do not keep NaN.
         keep_memory: what a step of a CPU program frees stays with the process for the next one (glibc's allocator keeps
             up to 1 GiB at the end of the heap), unless the environment tunes the allocator already.
+        autotune: measure other cuts of large GPU kernels while compiling and keep the fastest; results stay in
+            ``cache_dir``. Takes about a second of one core for each variant, side by side.
         cuda_graphs: replay GPU programs as CUDA graphs where ``pipeline.graph_refusal`` names no reason against it.
     """
 
@@ -67,6 +69,7 @@ class Options:
     assert_layouts: bool = True
     tracebacks: bool = False
     cuda_graphs: bool = False
+    autotune: bool = False
     freeze: bool = False
     keep_memory: bool = True
 
@@ -106,7 +109,7 @@ class Options:
 
     def affects_code(self) -> tuple[object, ...]:
         """The part of the options that changes generated programs; part of every cache key."""
-        flags = (self.assert_layouts, self.freeze)
+        flags = (self.assert_layouts, self.freeze, self.autotune)
         return (sorted(self.eager_ops), sorted(self.skip), self.bucket_bytes, self.in_flight_bytes, *flags)
 
 
@@ -135,6 +138,7 @@ def _parse(name: str, text: str, variable: str) -> Any:
             "tracebacks",
             "timeline",
             "cuda_graphs",
+            "autotune",
             "compile_once",
             "freeze",
             "keep_memory",

@@ -13,13 +13,15 @@ from dataclasses import dataclass, field, replace
 
 import sympy
 
+from dcompile.analyse.flops import work
 from dcompile.codegen.triton_kernel import KernelPrinter
 from dcompile.codegen.triton_launch import Launch, Shape, choose_launch, is_batch, members_of, shape_of
 from dcompile.codegen.triton_prelude import PRELUDE
 from dcompile.codegen.triton_strips import StripPrinter
 from dcompile.codegen.triton_text import POINTER, size_python, type_text
+from dcompile.codegen.triton_variants import other_launches
 from dcompile.ir.canonical import Canonical, canonical, size_parameters
-from dcompile.ir.graph import Graph
+from dcompile.ir.graph import Graph, hint
 from dcompile.ir.index import product
 from dcompile.ir.kernel import Kernel
 from dcompile.ir.nodes import Axis
@@ -27,6 +29,9 @@ from dcompile.ir.types import DType, Origin, Value
 
 NAMED_OPS = 4
 """Source ops that enter a function's name; the comment above it lists all."""
+
+LEAST_TUNED_BYTES = 8 * 2**20
+"""Bytes a kernel moves from which other cuts of it are tried: 3 us on an H100, of which no cut saves much less."""
 
 COMMENTED_LINES = 6
 """Source lines listed above a function that serves several kernels."""
@@ -42,22 +47,48 @@ class KernelCall:
 
 
 @dataclass(frozen=True)
+class Variant:
+    """One way to cut a kernel into programs, printed as a function of its own.
+
+    Attributes:
+        name: of the function.
+        launch: block sizes and warps.
+        programs: Python text of the number of programs, over ``s0``, ``s1``, ... (the sizes).
+    """
+
+    name: str
+    launch: Launch
+    programs: str
+
+
+@dataclass(frozen=True)
 class TritonSignature:
     """How a printed function is compiled and launched.
 
     Attributes:
         buffers: Triton pointer type of each buffer.
         sizes: i64 parameters that follow.
-        launch: block sizes and warps.
-        programs: Python text of the number of programs, over ``s0``, ``s1``, ... (the sizes).
+        variants: the function itself, then the others it may be exchanged for.
         where: ops and source lines, for messages.
+        structure: what the kernel computes, on which layouts, in which variants: equal for equal kernels.
+        spans, hints: bytes of each buffer, and the values of the sizes, that its speed is judged at.
     """
 
     buffers: tuple[str, ...]
     sizes: int
-    launch: Launch
-    programs: str
+    variants: tuple[Variant, ...]
     where: str
+    structure: str = ""
+    spans: tuple[int, ...] = ()
+    hints: tuple[int, ...] = ()
+
+    @property
+    def launch(self) -> Launch:
+        return self.variants[0].launch
+
+    @property
+    def programs(self) -> str:
+        return self.variants[0].programs
 
 
 @dataclass(frozen=True)
@@ -75,11 +106,12 @@ class TritonModule:
     signatures: Mapping[str, TritonSignature] = field(default_factory=dict)
 
 
-def print_triton(graph: Graph, launches: Mapping[int, Launch] | None = None) -> TritonModule:
+def print_triton(graph: Graph, launches: Mapping[int, Launch] | None = None, variants: bool = False) -> TritonModule:
     """The CUDA kernels of a KERNELS or ORDERED graph; an empty module if it has none.
 
     Args:
         launches: how to cut kernels, by position; ``choose_launch`` decides for those not named.
+        variants: print other cuts of large kernels too, to be chosen between by measurement.
 
     Raises:
         CompilerBug: a kernel breaks the rules of ``ir.kernel``, or adds elements no GPU adds atomically.
@@ -87,6 +119,7 @@ def print_triton(graph: Graph, launches: Mapping[int, Launch] | None = None) -> 
     values = {name: found for name, found in graph.defs.items() if isinstance(found, Value)}
     shared: dict[tuple[str, Launch], tuple[Canonical, list[Origin]]] = {}
     uses: dict[int, tuple[tuple[str, Launch], Canonical]] = {}
+    others: dict[tuple[str, Launch], tuple[Launch, ...]] = {}
     for position, node in enumerate(graph.nodes):
         if isinstance(node, Kernel) and any(out.device == "cuda" for out in node.outs):
             form = canonical(node, values)
@@ -94,16 +127,41 @@ def print_triton(graph: Graph, launches: Mapping[int, Launch] | None = None) -> 
             key = (form.key, launch)
             shared.setdefault(key, (form, []))[1].append(node.origin)
             uses[position] = (key, form)
+            if variants and work(node, graph).nbytes >= LEAST_TUNED_BYTES:
+                others[key] = other_launches(node, launch, graph.size_hints)
     if not uses:
         return TritonModule()
     names = {key: _function_name(number, origins[0]) for number, (key, (_, origins)) in enumerate(shared.items())}
     texts, signatures = [PRELUDE], {}
     for key, (form, origins) in shared.items():
         printed = _batch if is_batch(form.kernel) else _function
-        text, signatures[names[key]] = printed(names[key], form, key[1], values, origins)
+        text, signature = printed(names[key], form, key[1], values, origins)
         texts.append(text)
+        for launch in others.get(key, ()):
+            text, other = printed(f"{names[key]}_v{len(signature.variants)}", form, launch, values, origins)
+            texts.append(text)
+            signature = replace(signature, variants=(*signature.variants, *other.variants))
+        signatures[names[key]] = _judged(signature, form, values, graph)
     calls = {at: KernelCall(names[key], form.buffers, form.symbols) for at, (key, form) in uses.items()}
     return TritonModule("\n\n".join(texts), calls, signatures)
+
+
+def _judged(signature: TritonSignature, form: Canonical, values: Mapping[str, Value], graph: Graph) -> TritonSignature:
+    """``signature`` with what a measurement of its variants needs."""
+    if len(signature.variants) == 1:
+        return signature
+    layouts = [(values[name].dtype.value, str(values[name].shape), str(values[name].stride)) for name in form.buffers]
+    hints = tuple(graph.size_hints[symbol] for symbol in form.symbols)
+    spans = tuple(_span_bytes(values[name], graph.size_hints) for name in form.buffers)
+    text = repr((form.key, layouts, hints, [variant.launch for variant in signature.variants]))
+    return replace(signature, structure=text, spans=spans, hints=hints)
+
+
+def _span_bytes(value: Value, hints: Mapping[sympy.Symbol, int]) -> int:
+    """Bytes from the first element of ``value`` to its last."""
+    sizes, steps = ([hint(n, dict(hints)) for n in part] for part in (value.shape, value.stride))
+    last = sum((n - 1) * step for n, step in zip(sizes, steps, strict=True)) if all(sizes) else -1
+    return (last + 1) * value.dtype.itemsize
 
 
 def _function_name(number: int, origin: Origin) -> str:
@@ -130,7 +188,8 @@ def _function(
     parameters = [*dtypes, *sizes.values(), "fault", "X: tl.constexpr", "R: tl.constexpr"]
     head = f"def {name}({', '.join(parameters)}):"
     lines = [*printer.helpers, *_comment(origins), "@triton.jit", head, *body, ""]
-    return "\n".join(lines), _signature(form, dtypes, launch, _programs(shape, launch, sizes), origins)
+    variant = Variant(name, launch, _programs(shape, launch, sizes))
+    return "\n".join(lines), _signature(form, dtypes, variant, origins)
 
 
 def _batch(
@@ -159,7 +218,7 @@ def _batch(
         start = end
     head = f"def {name}({', '.join([*dtypes, 'fault', 'X: tl.constexpr', 'R: tl.constexpr'])}):"
     lines = [*texts, *_comment(origins), "@triton.jit", head, *main, ""]
-    return "\n".join(lines), _signature(form, dtypes, launch, str(start), origins)
+    return "\n".join(lines), _signature(form, dtypes, Variant(name, launch, str(start)), origins)
 
 
 def _owners(form: Canonical) -> list[tuple[str, str]]:
@@ -176,13 +235,12 @@ def _parameters(form: Canonical, values: Mapping[str, Value]) -> tuple[dict[str,
 
 
 def _signature(
-    form: Canonical, dtypes: Mapping[str, DType], launch: Launch, programs: str, origins: list[Origin]
+    form: Canonical, dtypes: Mapping[str, DType], variant: Variant, origins: list[Origin]
 ) -> TritonSignature:
     return TritonSignature(
         buffers=tuple(POINTER[dtype] for dtype in dtypes.values()),
         sizes=len(form.symbols),
-        launch=launch,
-        programs=programs,
+        variants=(variant,),
         where=_where(origins),
     )
 
@@ -216,4 +274,4 @@ def _where(origins: list[Origin]) -> str:
     return " at ".join(part for part in (", ".join(list(ops)[:NAMED_OPS]), ", ".join(list(sources)[:2])) if part)
 
 
-__all__ = ["KernelCall", "TritonModule", "TritonSignature", "print_triton"]
+__all__ = ["KernelCall", "TritonModule", "TritonSignature", "Variant", "print_triton"]

@@ -30,6 +30,7 @@ from dcompile.pipeline.facts import count, facts_of
 from dcompile.pipeline.key import costs_of, key_of
 from dcompile.pipeline.passes import run_passes
 from dcompile.plan import Plan
+from dcompile.runtime.autotune import DeviceTimer, Tuner
 from dcompile.runtime.board import announce_compile
 from dcompile.runtime.cache import Cache
 from dcompile.runtime.comm import group_size
@@ -49,6 +50,7 @@ from dcompile.runtime.compiled import (
 )
 from dcompile.runtime.once import meeting_place
 from dcompile.runtime.progress import report_progress
+from dcompile.runtime.triton_kernels import hardware
 from dcompile.watch import Watch
 
 
@@ -173,18 +175,25 @@ class _Printed:
 def _print(lowered: Lowered, name: str, options: Options, watch: Watch) -> _Printed:
     plan = run_passes(lowered.graph, Context(options, costs_of(lowered, options)), watch)
     with watch.stage("codegen"):
-        module, gpu = print_cpp(plan.graph), print_triton(plan.graph)
+        module, gpu = print_cpp(plan.graph), print_triton(plan.graph, variants=options.autotune)
         host = print_host(plan, Kernels({**module.calls, **gpu.calls}), name, options.timeline, options.assert_layouts)
     watch.code(gpu.source or module.source, host)
     facts = facts_of(plan, module, gpu)
+    tuner = _tuner(options) if options.autotune and gpu.signatures else None
 
     def write(folder: Path) -> None:
         with TALLY.timed("c++ compiler"):
             write_entry(folder, host, module.source, facts, options.cxx)
         with TALLY.timed("triton compiler"):
-            write_gpu_kernels(folder, gpu.source, gpu.signatures)
+            write_gpu_kernels(folder, gpu.source, gpu.signatures, tuner)
 
     return _Printed(plan, module, host, facts, write)
+
+
+def _tuner(options: Options) -> Tuner:
+    """Measures on the current device. Where no results can be kept each process measures for itself."""
+    device = torch.cuda.current_device()
+    return Tuner(_cache(options.cache_dir, options.deadline_s), hardware(device), DeviceTimer(device))
 
 
 def _compile_here(

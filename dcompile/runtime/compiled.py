@@ -29,7 +29,7 @@ from dcompile.runtime.once import Building, Place
 from dcompile.runtime.program import Executable
 from dcompile.runtime.timeline import RECORDER
 from dcompile.runtime.toolchain import Arity, compile_shared, load_functions
-from dcompile.runtime.triton_kernels import GpuKernels, HasSignature, compile_module
+from dcompile.runtime.triton_kernels import GpuKernels, HasSignature, Tunes, compile_module
 
 HOST, SOURCE, LIBRARY, FACTS = "host.py", "kernels.cpp", "kernels.so", "facts.json"
 
@@ -100,14 +100,16 @@ def read_facts(entry: Path) -> Facts:
     return Facts.from_json((entry / FACTS).read_text())
 
 
-def write_gpu_kernels(folder: Path, source: str, signatures: Mapping[str, HasSignature]) -> None:
-    """Add a printed Triton module to a cache entry, compiled for the current device.
+def write_gpu_kernels(
+    folder: Path, source: str, signatures: Mapping[str, HasSignature], tuner: Tunes | None = None
+) -> None:
+    """Add a printed Triton module to a cache entry, compiled for the current device; ``tuner`` chooses variants.
 
     Raises:
         ToolchainError: Triton is missing or rejects a kernel.
     """
     if signatures:
-        compile_module(source, signatures, folder)
+        compile_module(source, signatures, folder, tuner=tuner)
 
 
 VANISHED = (OSError, ToolchainError)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from functools import lru_cache
+from types import TracebackType
 
 from dcompile.errors import DCompileError, ToolchainError
 
@@ -66,3 +68,45 @@ def load_function(cubin: bytes, name: str, shared_bytes: int) -> ctypes.c_void_p
         attribute = ctypes.c_int(_MAX_DYNAMIC_SHARED)
         check(driver.cuFuncSetAttribute(function, attribute, ctypes.c_int(shared_bytes)), f"shared memory of {name}")
     return function
+
+
+class DeviceMemory:
+    """Buffers of the current context that no allocator knows of, filled with words, freed at the end of the block.
+
+    Args:
+        nbytes: of each buffer.
+        fills: the 32-bit word that fills each.
+    """
+
+    def __init__(self, nbytes: Sequence[int], fills: Sequence[int]) -> None:
+        self._wanted = list(zip(nbytes, fills, strict=True))
+        self._buffers: list[ctypes.c_uint64] = []
+
+    def __enter__(self) -> list[int]:
+        """Their addresses.
+
+        Raises:
+            DCompileError: there is no room for them.
+        """
+        driver = library()
+        try:
+            for nbytes, fill in self._wanted:
+                words, address = -(-max(nbytes, 4) // 4), ctypes.c_uint64()
+                check(
+                    driver.cuMemAlloc_v2(ctypes.byref(address), ctypes.c_size_t(4 * words)), "memory of a measurement"
+                )
+                self._buffers.append(address)
+                check(driver.cuMemsetD32_v2(address, ctypes.c_uint(fill), ctypes.c_size_t(words)), "filling it")
+        except DCompileError:
+            self._free()
+            raise
+        return [int(address.value) for address in self._buffers]
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._free()
+
+    def _free(self) -> None:
+        while self._buffers:
+            library().cuMemFree_v2(self._buffers.pop())

@@ -11,11 +11,8 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import json
-import os
-import sys
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
@@ -26,12 +23,10 @@ from dcompile.errors import DCompileError, DividedByZero, OutOfRange, ToolchainE
 from dcompile.runtime.cubin import resources
 from dcompile.runtime.cuda_driver import enter_context, load_function, primary_context
 from dcompile.runtime.cuda_launch import LaunchPlan, launch_function
+from dcompile.runtime.triton_pool import Job, compile_jobs
+from dcompile.runtime.triton_worker import ALIGNED_BYTES, cubin_of, module_at
 
 MODULE, KERNELS = "kernels_triton.py", "triton.json"
-
-ALIGNED_BYTES = 16
-"""Alignment compiled kernels count on: the widest access of a thread. PyTorch and the arena give more; inputs that are
-views may not have it, for them a second version is compiled when the first such call comes."""
 
 INDEX_FAULT, DIVISION_FAULT = 1, 2
 
@@ -47,6 +42,17 @@ class HasLaunch(Protocol):
     def num_warps(self) -> int: ...
 
 
+class HasVariant(Protocol):
+    """One way to cut a kernel (``codegen.triton.Variant``)."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def launch(self) -> HasLaunch: ...
+    @property
+    def programs(self) -> str: ...
+
+
 class HasSignature(Protocol):
     """How a printed function is compiled and launched (``codegen.triton.TritonSignature``)."""
 
@@ -55,9 +61,13 @@ class HasSignature(Protocol):
     @property
     def sizes(self) -> int: ...
     @property
-    def launch(self) -> HasLaunch: ...
+    def variants(self) -> Sequence[HasVariant]: ...
     @property
-    def programs(self) -> str: ...
+    def structure(self) -> str: ...
+    @property
+    def spans(self) -> tuple[int, ...]: ...
+    @property
+    def hints(self) -> tuple[int, ...]: ...
     @property
     def where(self) -> str: ...
 
@@ -68,6 +78,7 @@ class Compiled:
 
     Attributes:
         name: its function, and the stem of its cubin's file.
+        called: what the host calls it, whichever variant it is; "" is ``name``.
         buffers: Triton pointer types.
         sizes: i64 parameters that follow.
         block, inner, num_warps: the launch.
@@ -88,6 +99,17 @@ class Compiled:
     shared_bytes: int = 0
     registers: int = 0
     frame_bytes: int = 0
+    called: str = ""
+
+
+class Tunes(Protocol):
+    """Chooses between variants of a kernel (``runtime.autotune.Tuner``)."""
+
+    def known(self, signature: HasSignature) -> HasLaunch | None:
+        """The launch that was best before; None if that is not known."""
+
+    def best(self, signature: HasSignature, variants: Sequence[Compiled], folder: Path) -> Compiled:
+        """The best of the variants that compile; the first is the default."""
 
 
 def triton_fingerprint() -> str | None:
@@ -99,39 +121,82 @@ def triton_fingerprint() -> str | None:
     return f"triton {triton.__version__} sm_{_capability()}"
 
 
+def hardware(device: int) -> str:
+    """What decides how fast a kernel runs on that device: the card, its driver and Triton."""
+    name, properties = triton_fingerprint(), torch.cuda.get_device_properties(device)
+    return f"{name} {properties.name} {properties.multi_processor_count} {torch.version.cuda}"
+
+
 def _capability() -> int:
     major, minor = torch.cuda.get_device_capability()
     return major * 10 + minor
 
 
 def compile_module(
-    source: str, signatures: Mapping[str, HasSignature], folder: Path, capability: int | None = None
+    source: str,
+    signatures: Mapping[str, HasSignature],
+    folder: Path,
+    capability: int | None = None,
+    tuner: Tunes | None = None,
 ) -> None:
     """Compile every kernel of a printed module into ``folder``: the module, one cubin a kernel, and their launches.
 
     Args:
         capability: of the GPU, 90 for 9.0; the current device's if None. No GPU is needed if it is given.
+        tuner: chooses between the variants of a kernel; None takes each as it is.
 
     Raises:
         ToolchainError: Triton is missing or rejects a kernel.
     """
     target = capability or _capability()
     (folder / MODULE).write_text(source)
-    module = load_module(folder / MODULE)
-    wanted = [
-        Compiled(name, s.buffers, s.sizes, s.launch.block, s.launch.inner, s.launch.num_warps, s.programs, s.where)
-        for name, s in signatures.items()
-    ]
-
-    def build(kernel: Compiled) -> Compiled:
-        cubin, shared_bytes = compile_kernel(module, kernel, target, aligned=True)
-        (folder / f"{kernel.name}.cubin").write_bytes(cubin)
-        return Compiled(**{**asdict(kernel), "shared_bytes": shared_bytes, **asdict(resources(cubin))})
-
-    workers = min(len(wanted), os.cpu_count() or 1) or 1
-    with ThreadPoolExecutor(workers, thread_name_prefix="dcompile-triton") as pool:
-        done = list(pool.map(build, wanted))
+    variants = {called: _variants(called, signature, tuner) for called, signature in signatures.items()}
+    kernels = [kernel for found in variants.values() for kernel in found]
+    if kernels:
+        need_triton()
+    jobs = [
+        Job(
+            str(folder / MODULE), str(folder / f"{k.name}.cubin"), k.name, k.buffers, k.sizes,
+            {"X": k.block, "R": k.inner}, k.num_warps, target,
+        )
+        for k in kernels
+    ]  # fmt: skip
+    answers = dict(zip((k.name for k in kernels), compile_jobs(jobs), strict=True))
+    done = []
+    for called, found in variants.items():
+        if isinstance(why := answers[found[0].name], str):
+            raise _rejected(found[0], why)
+        built = [_built(k, shared, folder) for k in found if isinstance(shared := answers[k.name], int)]
+        done.append(built[0] if len(built) == 1 or tuner is None else tuner.best(signatures[called], built, folder))
+    chosen = {kernel.name for kernel in done}
+    for kernel in kernels:
+        if kernel.name not in chosen:
+            (folder / f"{kernel.name}.cubin").unlink(missing_ok=True)
     (folder / KERNELS).write_text(json.dumps({"target": target, "kernels": [asdict(kernel) for kernel in done]}))
+
+
+def _variants(called: str, signature: HasSignature, tuner: Tunes | None) -> list[Compiled]:
+    """The kernel as it was printed, first, and its variants; only one of them if that is known to be the best."""
+    found = [
+        Compiled(v.name, signature.buffers, signature.sizes, v.launch.block, v.launch.inner, v.launch.num_warps,
+                 v.programs, signature.where, called=called)
+        for v in signature.variants
+    ]  # fmt: skip
+    if tuner is None:
+        return found[:1]
+    known = tuner.known(signature)
+    return [kernel for kernel, v in zip(found, signature.variants, strict=True) if known in (None, v.launch)] or found
+
+
+def _built(kernel: Compiled, shared_bytes: int, folder: Path) -> Compiled:
+    used = resources((folder / f"{kernel.name}.cubin").read_bytes())
+    return replace(kernel, shared_bytes=shared_bytes, registers=used.registers, frame_bytes=used.frame_bytes)
+
+
+def need_triton() -> None:
+    """Raises ``ToolchainError`` if Triton is not installed."""
+    if importlib.util.find_spec("triton") is None:
+        raise ToolchainError("GPU kernels need Triton. Instead: pip install triton")
 
 
 def load_module(path: Path) -> ModuleType:
@@ -140,38 +205,10 @@ def load_module(path: Path) -> ModuleType:
     Raises:
         ToolchainError: Triton is not installed.
     """
-    name = f"dcompile_triton_{abs(hash(str(path))):x}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise ToolchainError(f"cannot import {path}")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # Triton looks functions' globals up there
     try:
-        spec.loader.exec_module(module)
+        return module_at(path)
     except ImportError as error:
         raise ToolchainError(f"GPU kernels need Triton: {error}. Instead: pip install triton") from error
-    finally:
-        sys.modules.pop(name, None)
-    return module
-
-
-PARSE_TRIES = 5
-"""Threads rarely meet in CPython's parser: 1 of about 1,500 kernels in one run of the tests."""
-
-
-def _parsed_beside_others(compile_once: Callable[[], Any]) -> Any:
-    """``compile_once()``, again if CPython confused its parse with another thread's.
-
-    CPython 3.11 counts the depth of a syntax tree under construction once for all threads, and raises SystemError when
-    a switch between two of them makes the count come out wrong.
-    """
-    for _ in range(PARSE_TRIES - 1):
-        try:
-            return compile_once()
-        except SystemError as error:
-            if "recursion depth mismatch" not in str(error):
-                raise
-    return compile_once()
 
 
 def compile_kernel(module: ModuleType, kernel: Compiled, capability: int, aligned: bool) -> tuple[bytes, int]:
@@ -183,27 +220,17 @@ def compile_kernel(module: ModuleType, kernel: Compiled, capability: int, aligne
     Raises:
         ToolchainError: Triton rejects it.
     """
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    buffers = {f"b{n}": kind for n, kind in enumerate(kernel.buffers)}
-    signature = {**buffers, **{f"s{n}": "i64" for n in range(kernel.sizes)}, "fault": "*i32"}
-    signature |= {"X": "constexpr", "R": "constexpr"}
-    attributes = {(n,): [["tt.divisibility", ALIGNED_BYTES]] for n in range(len(buffers))} if aligned else {}
-
-    def compile_once() -> Any:
-        return triton.compile(
-            ASTSource(getattr(module, kernel.name), signature, {"X": kernel.block, "R": kernel.inner}, attributes),
-            target=GPUTarget("cuda", capability, 32),
-            options={"num_warps": kernel.num_warps},
-        )
-
+    blocks = {"X": kernel.block, "R": kernel.inner}
     try:
-        made = _parsed_beside_others(compile_once)
+        return cubin_of(
+            module, kernel.name, kernel.buffers, kernel.sizes, blocks, kernel.num_warps, capability, aligned
+        )
     except Exception as error:  # Triton has no common base class of errors
-        raise ToolchainError(f"Triton rejects the kernel {kernel.name} of {kernel.where}: {error}") from error
-    return made.asm["cubin"], made.metadata.shared
+        raise _rejected(kernel, f"{type(error).__name__}: {error}") from error
+
+
+def _rejected(kernel: Compiled, why: str) -> ToolchainError:
+    return ToolchainError(f"Triton rejects the kernel {kernel.name} of {kernel.where}: {why}")
 
 
 class GpuKernels:
@@ -234,7 +261,9 @@ class GpuKernels:
         self.functions: dict[str, Callable[..., int]] = {}
         for number, kernel in enumerate(kernels):
             cubin = (folder / f"{kernel.name}.cubin").read_bytes()
-            self.functions[kernel.name] = self._function(kernel, cubin, self._faults.data_ptr() + 4 * number)
+            self.functions[kernel.called or kernel.name] = self._function(
+                kernel, cubin, self._faults.data_ptr() + 4 * number
+            )
 
     def stream(self, device: torch.device) -> ctypes.c_void_p:
         """The current stream of ``device``, for the launches of one call.
@@ -289,15 +318,30 @@ class GpuKernels:
 
     @staticmethod
     def _plan(kernel: Compiled, cubin: bytes, shared_bytes: int, fault: int) -> LaunchPlan:
-        return LaunchPlan(
-            function=load_function(cubin, kernel.name, shared_bytes),
-            buffers=len(kernel.buffers),
-            sizes=kernel.sizes,
-            programs=kernel.programs,
-            threads=kernel.num_warps * 32,
-            shared_bytes=shared_bytes,
-            fault=fault,
-        )
+        return plan_of(kernel, load_function(cubin, kernel.name, shared_bytes), shared_bytes, fault)
 
 
-__all__ = ["Compiled", "GpuKernels", "compile_kernel", "compile_module", "load_module", "triton_fingerprint"]
+def plan_of(kernel: Compiled, function: ctypes.c_void_p, shared_bytes: int, fault: int) -> LaunchPlan:
+    """How a loaded kernel is launched."""
+    return LaunchPlan(
+        function=function,
+        buffers=len(kernel.buffers),
+        sizes=kernel.sizes,
+        programs=kernel.programs,
+        threads=kernel.num_warps * 32,
+        shared_bytes=shared_bytes,
+        fault=fault,
+    )
+
+
+__all__ = [
+    "Compiled",
+    "GpuKernels",
+    "HasSignature",
+    "Tunes",
+    "compile_kernel",
+    "compile_module",
+    "hardware",
+    "load_module",
+    "triton_fingerprint",
+]

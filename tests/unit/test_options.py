@@ -37,6 +37,7 @@ READ = {
     "tracebacks": ("TRACEBACKS", "1", True),
     "timeline": ("TIMELINE", "TRUE", True),
     "cuda_graphs": ("CUDA_GRAPHS", "1", True),
+    "autotune": ("AUTOTUNE", "1", True),
     "freeze": ("FREEZE", "1", True),
     "keep_memory": ("KEEP_MEMORY", "0", False),
 }
@@ -118,7 +119,8 @@ def test_the_cache_folder_follows_the_users_settings(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("name", READ)
 def test_what_changes_programs_is_part_of_every_cache_key(name: str) -> None:
     changed = replace(Options(), **{name: READ[name][2]}).affects_code() != Options().affects_code()
-    assert changed == (name in {"eager_ops", "skip", "bucket_bytes", "in_flight_bytes", "assert_layouts", "freeze"})
+    changing = {"eager_ops", "skip", "bucket_bytes", "in_flight_bytes", "assert_layouts", "freeze", "autotune"}
+    assert changed == (name in changing)
 
 
 def test_an_allocator_tuned_by_the_user_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,7 +41,8 @@ def test_alignment_widens_accesses(tmp_path: Path) -> None:
 def test_a_rejected_kernel_is_named(tmp_path: Path) -> None:
     module = module_of(CASES["softmax"]())
     ((name, signature),) = module.signatures.items()
-    broken = replace(signature, launch=replace(signature.launch, inner=48))
+    wrong = replace(signature.variants[0], launch=replace(signature.launch, inner=48))
+    broken = replace(signature, variants=(wrong,))
     with pytest.raises(ToolchainError, match=f"{name}.*model.py:7"):
         compile_module(module.source, {name: broken}, tmp_path, HOPPER)
 
