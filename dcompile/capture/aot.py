@@ -19,6 +19,7 @@ from dcompile.capture.channels_last import prefer_channels_last
 from dcompile.capture.check import check
 from dcompile.capture.comm import actions_have_effects
 from dcompile.capture.decompositions import decompositions
+from dcompile.capture.fewer_collectives import gather_once, move_blocks
 from dcompile.capture.functional import functionalise_collectives
 from dcompile.capture.in_place import write_in_place
 from dcompile.capture.interpolation import whole_gradients
@@ -86,6 +87,8 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any], compile_graph: Co
                 check(inner)
             mark_sources(traced)
             gather_before_use(traced)
+            gather_once(traced)
+            move_blocks(traced)
             drop_idle_waits(traced)
             write_in_place(traced)
             normalise(traced)

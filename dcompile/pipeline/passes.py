@@ -14,6 +14,7 @@ from dcompile.ir.graph import Graph
 from dcompile.ir.kernel import Kernel
 from dcompile.ir.nodes import Extern, Node, Pack, Pointwise, Reduction, Scan, Store, View
 from dcompile.plan import Plan
+from dcompile.schedule.async_matmul import async_matmuls
 from dcompile.schedule.batch import batch_kernels
 from dcompile.schedule.bucket import bucket_collectives
 from dcompile.schedule.epilogue import library_epilogues
@@ -68,6 +69,7 @@ PASSES = (
     Pass(recover_in_place, takes=Level.LOOPS, gives=Level.LOOPS, optional=True),
     Pass(simplify_graph, takes=Level.LOOPS, gives=Level.LOOPS),
     Pass(bucket_collectives, takes=Level.LOOPS, gives=Level.LOOPS, optional=True),
+    Pass(async_matmuls, takes=Level.LOOPS, gives=Level.LOOPS, optional=True),
     Pass(donate_sources, takes=Level.LOOPS, gives=Level.LOOPS, optional=True),
     Pass(choose_layouts, takes=Level.LOOPS, gives=Level.LOOPS, optional=True),
     Pass(inline_pointwise, takes=Level.LOOPS, gives=Level.LOOPS, optional=True),

@@ -54,13 +54,13 @@ def bucket_collectives(graph: Graph, ctx: Context) -> Graph:
 
 
 def _cheapest(graph: Graph, before: Sequence[tuple[int, ...]], members: list[Member], ctx: Context) -> Graph:
-    best, best_us, best_size = graph, _makespan_us(graph, ctx), "no bucketing"
+    best, best_us, best_size = graph, scheduled_us(graph, ctx), "no bucketing"
     tried = [(best_size, best_us)]
     refusals: list[Bucket] = []
     for limit, buckets in _promising(graph, members, ctx):
         merged, refused = merge(graph, before, buckets)
         merged = prefetch(merged, ctx.costs, ctx.prices)
-        makespan_us = _makespan_us(merged, ctx)
+        makespan_us = scheduled_us(merged, ctx)
         tried.append((f"buckets of {limit} bytes", makespan_us))
         if makespan_us < (1 - GAIN) * best_us:
             best, best_us, best_size, refusals = merged, makespan_us, tried[-1][0], refused
@@ -122,7 +122,7 @@ def _sizes(members: Sequence[Member]) -> Iterator[int]:
     yield size
 
 
-def _makespan_us(graph: Graph, ctx: Context) -> float:
+def scheduled_us(graph: Graph, ctx: Context) -> float:
     """Predicted time of ``graph`` under the first policy of the overlap pass."""
     problem = prepare(graph, ctx.costs, ctx.prices)
     ground = footing(graph)

@@ -138,6 +138,11 @@ def drop_copies(graph: Graph, ctx: Context) -> Graph:
 
 
 def drop_dead(graph: Graph, ctx: Context) -> Graph:
+    """``without_dead`` as a pass."""
+    return without_dead(graph)
+
+
+def without_dead(graph: Graph) -> Graph:
     """Nodes without effect whose results nobody reads are removed."""
     live = set(graph.output_names)
     numbers = learned(graph)
