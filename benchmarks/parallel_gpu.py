@@ -7,6 +7,11 @@ with ``NCCL_P2P_DISABLE=1``, through host memory, which stands for a network. ``
 Inductor (``floor ours``: by dcompile) without any exchange of gradients: the price of communication is the step minus
 the floor. Each way starts from the same weights and sees the same data; its losses are compared with eager DDP's. With
 ``--cpu`` it runs two gloo ranks on the CPU, to try the script.
+
+    ... --models tp4096 --ways tp "tp inductor" "tp inductor async" "tp ours whole" "tp ours"
+
+are layers of width 4096 in bf16, tensor parallel over all GPUs, activations between them sharded along the sequence:
+eager DTensor, Inductor without and with its own pipelined products, dcompile without and with async_matmuls.
 """
 
 from __future__ import annotations
@@ -35,9 +40,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "launch"), str(ROOT / "benchmarks")]
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from gpu_models import Language, tokens
+from gpu_models import Language, Layer, tokens
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 import dcompile
@@ -60,11 +68,41 @@ class Size:
     def make(self) -> nn.Module:
         return Language("llama", self.layers, self.width, self.heads, self.hidden, self.vocabulary, self.context)
 
+    def data(self, device: str) -> tuple[torch.Tensor, ...]:
+        return tokens(self.batch, self.context, self.vocabulary)(device)
+
+
+class Stack(nn.Module):
+    """Layers alone; the mean square of what comes out."""
+
+    def __init__(self, layers: int, width: int, heads: int, hidden: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Layer(width, heads, hidden, "llama") for _ in range(layers))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x.float().square().mean()
+
+
+@dataclass(frozen=True)
+class TensorParallel(Size):
+    """A stack of layers, each spread over all ranks; ``context`` is the whole sequence."""
+
+    def make(self) -> nn.Module:
+        return Stack(self.layers, self.width, self.heads, self.hidden).bfloat16()
+
+    def data(self, device: str) -> tuple[torch.Tensor, ...]:
+        shape = (self.batch, self.context // dist.get_world_size(), self.width)
+        return (torch.randn(shape, device=device, dtype=torch.bfloat16, requires_grad=True),)
+
 
 SIZES = {
     "125M": Size(12, 768, 12, 2048, 32000, 8, 1024),
     "1.1B": Size(20, 2048, 16, 5632, 32000, 4, 1024),
     "tiny": Size(2, 64, 2, 128, 256, 2, 32),
+    "tp4096": TensorParallel(4, 4096, 32, 11264, 0, 4, 2048),
+    "tp-tiny": TensorParallel(2, 64, 4, 128, 0, 4, 32),
 }
 
 
@@ -89,6 +127,36 @@ def ours(model: nn.Module) -> nn.Module:
     return dcompile.compile(model, deadline_s=120.0)
 
 
+def spread(model: nn.Module) -> nn.Module:
+    """Heads and hidden units over all ranks, the sequence in between. A rank's slice of qkv holds its own heads."""
+    ranks = dist.get_world_size()
+    mesh = init_device_mesh(next(model.parameters()).device.type, (ranks,))
+    column, row = ColwiseParallel(input_layouts=Shard(1)), RowwiseParallel(output_layouts=Shard(1))
+    plan = {
+        "norm1": SequenceParallel(),
+        "norm2": SequenceParallel(),
+        "attention.qkv": column,
+        "attention.out": row,
+        "mlp.gate": column,
+        "mlp.up": column,
+        "mlp.down": row,
+    }
+    for layer in model.layers:  # type: ignore[union-attr]
+        layer.attention.heads //= ranks
+        parallelize_module(layer, mesh, plan)
+    return model
+
+
+def pipelined(model: nn.Module) -> nn.Module:
+    """Inductor's own async tensor parallelism, over symmetric memory."""
+    import torch._inductor.config as inductor
+    from torch.distributed._symmetric_memory import enable_symm_mem_for_group
+
+    inductor._micro_pipeline_tp = True
+    enable_symm_mem_for_group(dist.group.WORLD.group_name)  # type: ignore[union-attr]
+    return torch.compile(spread(model))
+
+
 WAYS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "floor": torch.compile,
     "floor ours": ours,
@@ -98,6 +166,11 @@ WAYS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "fsdp": sharded,
     "fsdp inductor": per_block,
     "fsdp ours": lambda model: ours(sharded(model)),
+    "tp": spread,
+    "tp inductor": lambda model: torch.compile(spread(model)),
+    "tp ours whole": lambda model: dcompile.compile(spread(model), deadline_s=120.0, skip={"async_matmuls"}),
+    "tp ours": lambda model: ours(spread(model)),
+    "tp inductor async": pipelined,
 }
 
 
@@ -110,8 +183,8 @@ def measure(size: Size, way: str, rank: int, device: torch.device, steps: int) -
     run = WAYS[way](model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=device.type == "cuda")
     torch.manual_seed(1 + rank)
-    data = tokens(size.batch, size.context, size.vocabulary)(str(device))
-    plain = not way.startswith("fsdp")
+    data = size.data(str(device))
+    plain = not way.startswith(("fsdp", "tp"))
     autocast = torch.autocast(device.type, torch.bfloat16) if plain else contextlib.nullcontext()
 
     def step(between: Callable[[], object] = lambda: None) -> torch.Tensor:
@@ -189,6 +262,8 @@ def rank_main(rank: int, world: int, link: str, port: int, given: argparse.Names
     for model in given.models:
         found[model] = {}
         for way in given.ways:
+            if way.startswith("tp") != model.startswith("tp"):
+                continue
             try:
                 result = measure(SIZES[model], way, rank, device, given.steps)
             except Exception:
@@ -210,7 +285,7 @@ def row(link: str, model: str, way: str, found: dict[str, Any]) -> str:
     result = found[way]
     if "error" in result:
         return f"{link:5} {model:5} {way:14} failed: {result['error']}"
-    reference = found.get("ddp", result)["losses"]
+    reference = found.get("tp" if way.startswith("tp") else "ddp", result)["losses"]
     apart = max(abs(a - b) / abs(b) for a, b in zip(result["losses"], reference, strict=True))
     return (
         f"{link:5} {model:5} {way:14} step {result['step_ms']:8.2f} ms  fastest {result['fastest_ms']:8.2f}  "
