@@ -15,7 +15,7 @@ from dcompile.analyse.context import Context
 from dcompile.ir import expr as ex
 from dcompile.ir.graph import Graph, hint
 from dcompile.ir.index import FloorDiv, Mod, Ranges, simplify
-from dcompile.ir.nodes import Loop, Node, Pointwise, Store, loop_axes
+from dcompile.ir.nodes import Loop, Node, Pointwise, Reduction, Store, loop_axes
 from dcompile.ir.types import Size
 from dcompile.schedule.simplify import drop_dead, reads_elsewhere
 
@@ -80,19 +80,41 @@ def _refusal(graph: Graph, producer: Pointwise, reader: Node, name: str) -> str 
     if len(users) == 1 and not stored_anyway and evaluations <= elements:
         return None
     itemsize = producer.out.dtype.itemsize
-    recompute = cost * evaluations + FLOPS_PER_BYTE * _input_bytes(body) * max(0, evaluations - elements)
-    if len(users) > 1 or stored_anyway:
+    moved = _input_bytes(graph, body, elements)
+    recompute = cost * evaluations + FLOPS_PER_BYTE * moved * max(0, evaluations - elements)
+    traffic = itemsize * (evaluations + (0 if stored_anyway else elements))
+    if not stored_anyway and len(users) > 1 and _read_across(graph, name):
+        # no kernel has both: each reader is charged its reads, and credited its share of the producer's reads and write
+        recompute += FLOPS_PER_BYTE * moved * (min(evaluations, elements) - elements // len(users))
+        traffic = itemsize * (evaluations + elements // len(users))
+    elif len(users) > 1 or stored_anyway:
         if evaluations <= elements and cost > 2 * FLOPS_PER_BYTE:
             return _SAME_SHAPE
-        recompute += FLOPS_PER_BYTE * _input_bytes(body) * min(evaluations, elements)
-    traffic = itemsize * (evaluations + (0 if stored_anyway else elements))
+        recompute += FLOPS_PER_BYTE * moved * min(evaluations, elements)
     if recompute <= FLOPS_PER_BYTE * traffic:
         return None
     return f"recomputing takes {recompute} operations, {traffic} bytes of traffic are worth {FLOPS_PER_BYTE * traffic}"
 
 
-def _input_bytes(body: ex.Expr) -> int:
-    return sum(load.dtype.itemsize for load in ex.loads(body))
+def _input_bytes(graph: Graph, body: ex.Expr, elements: int) -> int:
+    """Bytes read for each evaluation of ``body``; what all evaluations share comes from the cache."""
+    found = 0
+    for load in ex.loads(body):
+        distinct = hint(graph.value(load.buffer).numel, graph.size_hints)
+        found += load.dtype.itemsize if 2 * distinct > elements else 0
+    return found
+
+
+def _read_across(graph: Graph, name: str) -> bool:
+    """Whether a reduction reads ``name`` in another order than its own, so that no kernel computes it on the way."""
+    for user in graph.users[name]:
+        reader = graph.nodes[user]
+        if isinstance(reader, Reduction):
+            order = tuple(var for var, size in (*reader.axes, *reader.raxes) if size != 1)
+            loads = (load for root in reader.exprs for load in ex.loads(root) if load.buffer == name)
+            if any(tuple(at for at in load.index if not at.is_Integer) != order for load in loads):
+                return True
+    return False
 
 
 def _names(root: ex.Expr) -> set[str]:

@@ -104,3 +104,31 @@ def test_a_value_written_through_a_view_is_read_from_memory() -> None:
       return %b
     }"""
     assert apply(inline_pointwise, text) == same(text)
+
+
+def test_what_a_reduction_reads_across_is_recomputed_by_all_its_readers() -> None:
+    before = """
+    graph f(x: f32[4, 8, 64], m: f32[8], g: f32[4, 8, 64]) {
+      d: f32[4, 8, 64] = pointwise (i0: 4, i1: 8, i2: 64) x[i0, i1, i2] - m[i1]
+      s: f32[8] = reduce sum (i0: 8; r0: 4, r1: 64) d[r0, i0, r1] * g[r0, i0, r1]
+      o: f32[4, 8, 64] = pointwise (i0: 4, i1: 8, i2: 64) d[i0, i1, i2] * s[i1]
+      return %s, %o
+    }"""
+    after = """
+    graph f(x: f32[4, 8, 64], m: f32[8], g: f32[4, 8, 64]) {
+      s: f32[8] = reduce sum (i0: 8; r0: 4, r1: 64) (x[r0, i0, r1] - m[i0]) * g[r0, i0, r1]
+      o: f32[4, 8, 64] = pointwise (i0: 4, i1: 8, i2: 64) (x[i0, i1, i2] - m[i1]) * s[i1]
+      return %s, %o
+    }"""
+    assert apply(inline_pointwise, before) == same(after)
+
+
+def test_what_a_reduction_reads_across_is_stored_if_recomputing_reads_more() -> None:
+    text = """
+    graph f(x: f32[4, 8, 64], y: f32[4, 8, 64], z: f32[4, 8, 64]) {
+      d: f32[4, 8, 64] = pointwise (i0: 4, i1: 8, i2: 64) x[i0, i1, i2] - y[i0, i1, i2] * z[i0, i1, i2]
+      s: f32[8] = reduce sum (i0: 8; r0: 4, r1: 64) d[r0, i0, r1]
+      o: f32[4, 8, 64] = pointwise (i0: 4, i1: 8, i2: 64) d[i0, i1, i2] * s[i1]
+      return %s, %o
+    }"""
+    assert apply(inline_pointwise, text) == same(text)
