@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import sympy
 
+from dcompile.codegen.cpp_draws import Drawn, drawn_loop, draws_along, take
 from dcompile.codegen.cpp_expr import load_text, store_text
 from dcompile.codegen.cpp_fold import Folding
 from dcompile.codegen.cpp_loops import (
@@ -28,7 +30,7 @@ from dcompile.codegen.cpp_strip import StripPrinter
 from dcompile.codegen.cpp_types import literal, register_type, storage_type
 from dcompile.codegen.cpp_welford import SAMPLES, ShiftedMoments, folding
 from dcompile.ir.index import as_expr
-from dcompile.ir.kernel import Fold, Let, Nest, Role, ScanLoop, Scratch, Stmt, Write
+from dcompile.ir.kernel import Fold, Let, Nest, Role, ScanLoop, Scratch, Stmt, Write, expressions
 from dcompile.ir.nodes import Axis
 from dcompile.ir.types import Size
 
@@ -185,10 +187,18 @@ class Printer:
         self.out.block(f"for (int64_t {begin} = 0; {begin} < {self.size(extent)}; {begin} += {PIECE})", inner)
 
     def _lanes(self, axis: Axis, body: Sequence[Stmt], begin: str, end: str) -> None:
+        """One simd loop, after the random numbers it takes."""
+        if found := draws_along(self.out, expressions(tuple(body)), axis[0]):
+            drawn_loop(self.out, axis, found, begin, end, partial(self._lane_loop, axis, body))
+        else:
+            self._lane_loop(axis, body, begin, end)
+
+    def _lane_loop(self, axis: Axis, body: Sequence[Stmt], begin: str, end: str, drawn: Sequence[Drawn] = ()) -> None:
         """One simd loop, unless its lanes may add to one address: those go one after another."""
         var, extent = axis
         with self.out.scope(certain=at_least_one(extent)) as inner:
             text = self.enter(var, extent)
+            take(self.out, drawn, text, begin)
             self.body(body)
             conflict = any(conflicts(s, var, self.open_axes) for s in body if isinstance(s, Write))
             self.open_axes.pop()
@@ -258,14 +268,32 @@ class Printer:
         self._fold_axis(stmt, folds, 0, level, begin, end)
 
     def _fold_axis(self, stmt: Fold, folds: list[Folding], level: int, split: int | None, begin: str, end: str) -> None:
-        var, extent = stmt.axes[level]
-        certain = at_least_one(extent) and begin == "0"
-        last = level + 1 == len(stmt.axes)
         if level == split:
             self._fold_block(stmt, folds, level, begin, end)
             return
-        with self.out.scope(certain=certain) as inner:
+        axis, last = stmt.axes[level], level + 1 == len(stmt.axes)
+        simd = last and stmt.roles[level] is Role.SIMD
+        if simd and (found := draws_along(self.out, expressions((stmt,)), axis[0])):
+            loop = partial(self._fold_loop, stmt, folds, level, split)
+            drawn_loop(self.out, axis, found, begin, end, loop)
+        else:
+            self._fold_loop(stmt, folds, level, split, begin, end)
+
+    def _fold_loop(
+        self,
+        stmt: Fold,
+        folds: list[Folding],
+        level: int,
+        split: int | None,
+        begin: str,
+        end: str,
+        drawn: Sequence[Drawn] = (),
+    ) -> None:
+        var, extent = stmt.axes[level]
+        last = level + 1 == len(stmt.axes)
+        with self.out.scope(certain=at_least_one(extent) and begin == "0") as inner:
             text = self.enter(var, extent)
+            take(self.out, drawn, text, begin)
             if last:
                 self._fold_element(stmt, folds)
             else:

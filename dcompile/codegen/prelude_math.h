@@ -307,12 +307,12 @@ static inline float pow_(float x, float y) {
 // ---- random numbers -------------------------------------------------------------------------------------------------
 
 // Philox 4x32 with 10 rounds (Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3", SC 2011).
-// Counter (offset low, offset high, 0, 0), key (seed low, seed high); the first two output words are used.
+// Counter (number low, number high, 0, 0), key (seed low, seed high).
 struct Words {
-  uint32_t first, second;
+  uint32_t w[4];
 };
-static inline Words philox(int64_t seed, int64_t offset) {
-  uint32_t c0 = (uint32_t)offset, c1 = (uint32_t)((uint64_t)offset >> 32), c2 = 0, c3 = 0;
+static inline Words philox(int64_t seed, int64_t number) {
+  uint32_t c0 = (uint32_t)number, c1 = (uint32_t)((uint64_t)number >> 32), c2 = 0, c3 = 0;
   uint32_t k0 = (uint32_t)seed, k1 = (uint32_t)((uint64_t)seed >> 32);
   for (int round = 0; round < 10; round++) {
     const uint64_t p0 = (uint64_t)0xD2511F53u * c0, p1 = (uint64_t)0xCD9E8D57u * c2;
@@ -323,16 +323,78 @@ static inline Words philox(int64_t seed, int64_t offset) {
     k0 += 0x9E3779B9u;
     k1 += 0xBB67AE85u;
   }
-  return Words{c0, c1};
+  return Words{{c0, c1, c2, c3}};
 }
+static inline float uniform(uint32_t word) { return (float)(int32_t)(word >> 8) * 0x1p-24f; }
+
+// Uniform numbers take all four words: 16 counters give 64 neighbours, first the 16 first words, then the second ones.
 static inline float rand(int64_t seed, int64_t offset) {
-  return (float)(int32_t)(philox(seed, offset).first >> 8) * 0x1p-24f;
+  const Words words = philox(seed, (int64_t)((uint64_t)offset >> 6 << 4) | (offset & 15));
+  const uint32_t low = offset & 16 ? words.w[1] : words.w[0], high = offset & 16 ? words.w[3] : words.w[2];
+  return uniform(offset & 32 ? high : low);
+}
+
+// Four 32-bit numbers in 64-bit lanes whose upper halves hold anything: products read the lower halves only.
+typedef uint64_t Wide __attribute__((vector_size(32)));
+static inline Wide low_product(Wide x, uint32_t factor) {
+#if defined(__AVX2__) && !defined(__clang__)
+  typedef int Narrow __attribute__((vector_size(32)));
+  const int f = (int)factor;
+  return (Wide)__builtin_ia32_pmuludq256((Narrow)x, Narrow{f, f, f, f, f, f, f, f});
+#else
+  return (x & 0xffffffffull) * (uint64_t)factor;
+#endif
+}
+// The words of 64 neighbours, from offset 64 * block on. Even and odd counters stand in vectors of their own, so that
+// words side by side are one shift away.
+static inline void draw_block(int64_t seed, uint64_t block, uint32_t* words) {
+  for (uint64_t half = 0; half < 2; half++) {
+    const uint64_t first = (block << 4) + 8 * half;
+    const Wide zero = {0, 0, 0, 0};
+    Wide even[4] = {{first, first + 2, first + 4, first + 6}, zero + (first >> 32), zero, zero};
+    Wide odd[4] = {even[0] + 1, even[1], zero, zero};
+    uint32_t k0 = (uint32_t)seed, k1 = (uint32_t)((uint64_t)seed >> 32);
+    for (int round = 0; round < 10; round++) {
+      const Wide key0 = zero + (uint64_t)k0, key1 = zero + (uint64_t)k1;
+      const Wide even0 = low_product(even[0], 0xD2511F53u), even1 = low_product(even[2], 0xCD9E8D57u);
+      const Wide odd0 = low_product(odd[0], 0xD2511F53u), odd1 = low_product(odd[2], 0xCD9E8D57u);
+      even[0] = (even1 >> 32) ^ even[1] ^ key0;
+      even[1] = even1;
+      even[2] = (even0 >> 32) ^ even[3] ^ key1;
+      even[3] = even0;
+      odd[0] = (odd1 >> 32) ^ odd[1] ^ key0;
+      odd[1] = odd1;
+      odd[2] = (odd0 >> 32) ^ odd[3] ^ key1;
+      odd[3] = odd0;
+      k0 += 0x9E3779B9u;
+      k1 += 0xBB67AE85u;
+    }
+    for (int word = 0; word < 4; word++) {
+      const Wide both = (even[word] & 0xffffffffull) | (odd[word] << 32);
+      __builtin_memcpy(words + 16 * word + 8 * half, &both, sizeof both);
+    }
+  }
+}
+// The words of count neighbours from offset first on, for ``uniform``.
+static __attribute__((noinline, unused)) void draw(int64_t seed, int64_t first, int64_t count, uint32_t* words) {
+  while (count > 0) {
+    const int64_t skipped = first & 63, taken = min_index(count, 64 - skipped);
+    if (taken == 64) {
+      draw_block(seed, (uint64_t)first >> 6, words);
+    } else {
+      uint32_t all[64];
+      draw_block(seed, (uint64_t)first >> 6, all);
+      __builtin_memcpy(words, all + skipped, (size_t)taken * sizeof(uint32_t));
+    }
+    first += taken;
+    count -= taken;
+    words += taken;
+  }
 }
 static inline float randn(int64_t seed, int64_t offset) {  // Box and Muller, 1958
-  const Words w = philox(seed, offset);
-  const float u1 = (float)(int32_t)((w.first >> 8) + 1u) * 0x1p-24f;
-  const float u2 = (float)(int32_t)(w.second >> 8) * 0x1p-24f;
-  return sqrt_(-2.0f * log_(u1)) * cos_(6.28318530717958647692f * u2);
+  const Words words = philox(seed, offset);
+  const float u1 = (float)(int32_t)((words.w[0] >> 8) + 1u) * 0x1p-24f;
+  return sqrt_(-2.0f * log_(u1)) * cos_(6.28318530717958647692f * uniform(words.w[1]));
 }
 
 }  // namespace dc

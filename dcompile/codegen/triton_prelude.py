@@ -170,22 +170,24 @@ def divide_by_row(a, scale, scaled, reciprocal):
 
 
 @triton.jit
-def philox(seed, offset):
-    """First two words of Philox 4x32-10 for counter (offset, 0) under key seed, both split in 32-bit halves."""
-    zero = (offset * 0).to(tl.uint32)
-    w0, w1, w2, w3 = tl.philox(seed, offset.to(tl.uint32), (offset >> 32).to(tl.uint32), zero, zero)
-    return w0, w1
+def philox(seed, number):
+    """The words of Philox 4x32-10 for counter (number, 0) under key seed, both split in 32-bit halves."""
+    zero = (number * 0).to(tl.uint32)
+    return tl.philox(seed, number.to(tl.uint32), (number >> 32).to(tl.uint32), zero, zero)
 
 
 @triton.jit
 def rand(seed, offset):
-    w0, w1 = philox(seed, offset)
-    return (w0 >> 8).to(tl.float32) * 5.9604644775390625e-08
+    """16 counters give 64 neighbours: the 16 first words, then the second ones."""
+    w0, w1, w2, w3 = philox(seed, ((offset >> 6) << 4) | (offset & 15))
+    odd = (offset & 16) != 0
+    word = tl.where((offset & 32) != 0, tl.where(odd, w3, w2), tl.where(odd, w1, w0))
+    return (word >> 8).to(tl.float32) * 5.9604644775390625e-08
 
 
 @triton.jit
 def randn(seed, offset):
-    w0, w1 = philox(seed, offset)
+    w0, w1, w2, w3 = philox(seed, offset)
     u1 = ((w0 >> 8) + 1).to(tl.float32) * 5.9604644775390625e-08
     u2 = (w1 >> 8).to(tl.float32) * 5.9604644775390625e-08
     return tl.sqrt_rn(-2.0 * libdevice.log(u1)) * libdevice.cos(6.283185307179586 * u2)

@@ -1,12 +1,14 @@
 """Every row of ``ir.ops.OPS`` as a function of torch tensors, with eager semantics in the operands' dtype.
 
 Random numbers (the definition every code generator implements): Philox 4x32 with 10 rounds (Salmon, Moraes, Dror, Shaw,
-"Parallel random numbers: as easy as 1, 2, 3", SC 2011) of the counter ``(offset low, offset high, 0, 0)`` under the key
-``(seed low, seed high)``, low and high being the 32-bit halves of the i64 operands. With output words ``w0 .. w3``:
+"Parallel random numbers: as easy as 1, 2, 3", SC 2011) of the counter ``(number low, number high, 0, 0)`` under the key
+``(seed low, seed high)``, low and high being the 32-bit halves of i64. With output words ``w0 .. w3``:
 
-    rand  = (w0 >> 8) * 2**-24                                    in f32, uniform in [0, 1)
+    rand  = (w >> 8) * 2**-24                                     in f32, uniform in [0, 1)
+            16 counters serve 64 neighbouring offsets, the first 16 with w0, the next with w1, and so on:
+            number = offset // 64 * 16 + offset % 16, w = words[offset // 16 % 4]
     randn = sqrt(-2 * log(u1)) * cos(2 * pi * u2)                 in f32, Box-Muller
-            u1 = ((w0 >> 8) + 1) * 2**-24, u2 = (w1 >> 8) * 2**-24
+            number = offset, u1 = ((w0 >> 8) + 1) * 2**-24, u2 = (w1 >> 8) * 2**-24
 """
 
 from __future__ import annotations
@@ -58,7 +60,10 @@ def _philox_rounds(
 
 def uniform(seed: Tensor, offset: Tensor) -> Tensor:
     """``rand`` of the module's definition: f32 in [0, 1)."""
-    return (philox(seed, offset)[0] >> 8).to(torch.float32) * _UNIT
+    offset = offset + torch.zeros_like(seed)
+    words = torch.stack(philox(seed, (offset >> 6 << 4) | (offset & 15)))
+    word = words.gather(0, ((offset >> 4) & 3).unsqueeze(0))[0]
+    return (word >> 8).to(torch.float32) * _UNIT
 
 
 def normal(seed: Tensor, offset: Tensor) -> Tensor:
