@@ -11,7 +11,7 @@ from dcompile.ir import expr as ex
 from dcompile.ir.graph import Graph
 from dcompile.ir.kernel import Accumulator, Fold, Kernel, Let, Nest, Role, Write
 from dcompile.reference.scalars import uniform
-from tests.unit.codegen.kernels import F32, I0, I1, I64, P, R0, S, V, kernel_graph, run, value
+from tests.unit.codegen.kernels import F32, I0, I1, I64, R0, P, S, V, kernel_graph, run, value
 
 SEEDS = torch.tensor([-(2**62) + 12345, 987654321, 5])
 
