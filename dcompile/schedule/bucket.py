@@ -2,7 +2,8 @@
 
 All-reduces of one group, reduction, dtype and device are packed into one flat buffer and reduced in place; gathers and
 scatters become one coalesced launch. Few large collectives save latency, many small ones start earlier and leave less
-exposed at the end: a handful of sizes is scheduled and simulated, and the fastest one is taken.
+exposed at the end: a handful of sizes is scheduled and simulated, and the fastest one is taken. A bucket is in flight
+as a whole, so none holds more than ``Options.in_flight_bytes`` from launch to wait, unless the user chose its size.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from dcompile.collectives.nodes import Kind, Start
 from dcompile.collectives.rules import is_contiguous, payload_bytes
 from dcompile.ir.graph import Graph
 from dcompile.ir.nodes import View
+from dcompile.schedule.links import carried_bytes
 from dcompile.schedule.list_schedule import list_schedule
 from dcompile.schedule.live import footing, peak_bytes
 from dcompile.schedule.merge import Bucket, Member, depended_on, merge, true_predecessors
@@ -80,7 +82,7 @@ def _promising(graph: Graph, members: list[Member], ctx: Context) -> list[tuple[
     """Limits with their buckets, each set of buckets once, in ascending order of the limit."""
     found: dict[tuple[Bucket, ...], int] = {}
     for limit in _sizes(members):
-        buckets = tuple(_fill(members, limit))
+        buckets = tuple(_fill(members, limit, ctx.options.in_flight_bytes))
         if any(len(bucket) > 1 for bucket in buckets):
             found.setdefault(buckets, limit)
     chosen = list(found)
@@ -133,10 +135,11 @@ def scheduled_us(graph: Graph, ctx: Context) -> float:
     return min(simulate(problem, best).makespan, simulate(problem, order).makespan)
 
 
-def _fill(members: Sequence[Member], limit_bytes: int) -> list[Bucket]:
+def _fill(members: Sequence[Member], limit_bytes: int, held_bytes: int | None = None) -> list[Bucket]:
     """Fill buckets in the order in which sources become available, one open bucket for each key.
 
-    A bucket closes when the next member would exceed the limit or depends on a result of the bucket.
+    A bucket closes when the next member would exceed the limit, or would make it hold more than ``held_bytes`` from
+    launch to wait, or depends on a result of the bucket.
     """
     opened: dict[tuple[object, ...], _Open] = {}
     closed: list[list[int]] = []
@@ -145,7 +148,7 @@ def _fill(members: Sequence[Member], limit_bytes: int) -> list[Bucket]:
         current = opened.get(member.key)
         if current is None:
             current = opened[member.key] = _Open()
-        elif current.refuses(number, member, limit_bytes):
+        elif current.refuses(number, member, limit_bytes, held_bytes):
             closed.append(current.numbers)
             current = opened[member.key] = _Open()
         current.add(number, member)
@@ -158,15 +161,17 @@ class _Open:
 
     def __init__(self) -> None:
         self.numbers: list[int] = []
-        self.nbytes = self.needs = self.mask = 0
+        self.nbytes = self.held = self.needs = self.mask = 0
 
-    def refuses(self, number: int, member: Member, limit_bytes: int) -> bool:
+    def refuses(self, number: int, member: Member, limit_bytes: int, held_bytes: int | None) -> bool:
         full = self.nbytes + member.nbytes > limit_bytes
+        full |= held_bytes is not None and self.held + member.held > held_bytes
         return full or bool(member.needs & self.mask) or bool(self.needs >> number & 1)
 
     def add(self, number: int, member: Member) -> None:
         self.numbers.append(number)
         self.nbytes += member.nbytes
+        self.held += member.held
         self.needs |= member.needs
         self.mask |= 1 << number
 
@@ -191,7 +196,9 @@ def _members(graph: Graph, before: Sequence[tuple[int, ...]], ctx: Context) -> l
         value = graph.value(node.sources[0])
         key = (node.kind, node.group, node.reduction, value.dtype, value.device)
         available = max(before[position], default=-1)
-        found.append(Member(position, wait, key, available, payload_bytes(node, graph)))
+        payload = payload_bytes(node, graph)
+        held = payload if node.kind is Kind.ALL_REDUCE else carried_bytes(graph, node)  # reduced in place when packed
+        found.append(Member(position, wait, key, available, payload, held))
     reached = depended_on(before, {member.wait: 1 << n for n, member in enumerate(found)})
     return [replace(member, needs=reached[member.start]) for member in found]
 

@@ -54,7 +54,7 @@ def links(graph: Graph) -> Links:
     start_of: dict[int, int] = {}
     for position, node in enumerate(graph.nodes):
         if isinstance(node, Start):
-            carried[position] = _carried_bytes(graph, node)
+            carried[position] = carried_bytes(graph, node)
             lane[position] = node.group.label
         elif isinstance(node, Wait):
             start = graph.producer[node.pending]
@@ -65,7 +65,7 @@ def links(graph: Graph) -> Links:
     return Links(before, tuple(map(tuple, after)), carried, lane, wait_of, start_of, lazy, missing, users, waits)
 
 
-def _carried_bytes(graph: Graph, start: Start) -> int:
+def carried_bytes(graph: Graph, start: Start) -> int:
     """Bytes a collective holds from launch to wait, at the size hints."""
     values = [graph.value(name) for name in start.operands]
     if not start.pending.in_place:

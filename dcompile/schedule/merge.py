@@ -25,6 +25,7 @@ class Member:
         key: what members of one bucket have in common.
         available: position of the last node its launch needs, -1 if none.
         nbytes: payload at the size hints.
+        held: bytes of sources and results, in use from launch to wait.
         needs: bit mask over the members (in the order given) whose results its launch depends on.
     """
 
@@ -33,6 +34,7 @@ class Member:
     key: tuple[object, ...]
     available: int
     nbytes: int
+    held: int = 0
     needs: int = 0
 
 
