@@ -49,6 +49,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 
 import dcompile
+from dcompile.analyse.calibration import Calibration
 
 WARMUP, PARTS, DEADLINE_S = 6, 4, 540
 
@@ -257,7 +258,9 @@ def rank_main(rank: int, world: int, link: str, port: int, given: argparse.Names
         began = time.perf_counter()
         measured = dcompile.calibrate()
         if rank == 0:
-            print(f"{link:5} calibrated in {time.perf_counter() - began:.1f} s: {measured}"[:1200], flush=True)
+            print(
+                f"{link:5} calibrated in {time.perf_counter() - began:.1f} s", *prices(measured), sep="\n", flush=True
+            )
     found: dict[str, dict[str, Any]] = {}
     for model in given.models:
         found[model] = {}
@@ -272,13 +275,25 @@ def rank_main(rank: int, world: int, link: str, port: int, given: argparse.Names
             if device.type == "cuda":
                 torch.cuda.empty_cache()
             found[model][way] = result
+            if rank == 0 or "error" in result:
+                print(f"rank {rank}: " * ("error" in result) + row(link, model, way, found[model]), flush=True)
             if rank == 0:
-                print(row(link, model, way, found[model]), flush=True)
                 out.put(found)
             if "error" in result:
+                time.sleep(5)  # the other ranks say what they met, too
                 os._exit(3)  # the other rank may hang in a collective: the next link starts afresh
     dist.barrier()
     dist.destroy_process_group()
+
+
+def prices(measured: Calibration) -> Iterator[str]:
+    """A line for each lowering and kind: microseconds by payload, and the share of it that compute beside it loses."""
+    lowerings = {"library": measured, **{via.value: found for via, found in measured.others.items()}}
+    for name, found in lowerings.items():
+        for kind, points in found.curves.items():
+            times = "  ".join(f"{size >> 10} KiB {us:.0f}" for size, us in points)
+            yield f"    {name:9} {kind.value:15} {times}"
+        yield f"    {name:9} contention {found.contention:.2f}"
 
 
 def row(link: str, model: str, way: str, found: dict[str, Any]) -> str:

@@ -17,6 +17,8 @@ class Home(Enum):
     """The caller: a graph input. Never reused or freed."""
     ARENA = "arena"
     """The executable: a byte range of one block per device that lives as long as one call."""
+    SHARED = "shared"
+    """As ARENA, but of memory that every rank of a group has mapped: at the same place on each of them."""
     FRESH = "fresh"
     """Allocated by the program when first needed: graph outputs, and everything whose size is symbolic."""
     LIBRARY = "library"
@@ -30,7 +32,8 @@ class Storage:
     Attributes:
         name: the name of the first value in it.
         nbytes: bytes it spans.
-        arena_offset: first byte in the arena, a multiple of ``ALIGNMENT``; None unless home is ARENA.
+        arena_offset: first byte in the arena, a multiple of ``ALIGNMENT``; None unless home is ARENA or SHARED.
+        group: label of the group that maps it; "" unless home is SHARED.
     """
 
     name: str
@@ -38,7 +41,16 @@ class Storage:
     nbytes: Size
     device: str
     arena_offset: int | None = None
+    group: str = ""
 
+    @property
+    def arena(self) -> str:
+        """The block it is a part of, if it is part of one: a device type, or ``"shared_"`` and the label of a group."""
+        return f"shared_{self.group}" if self.home is Home.SHARED else self.device
+
+
+PARTS = (Home.ARENA, Home.SHARED)
+"""Homes of storages that are parts of a block."""
 
 ALIGNMENT = 64
 """Bytes: a cache line, and the width of the widest vector register."""
@@ -115,7 +127,7 @@ class Plan:
         slots: place of every tensor value.
         storages: every storage, by name.
         frees: for each position the storages whose last use it is (FRESH and LIBRARY ones; arena bytes are not freed).
-        arena_bytes: size of the arena of each device type.
+        arena_bytes: size of each arena, by ``Storage.arena``.
         peak_bytes: most bytes in use at once, inputs not counted, at the size hints.
         prediction: the schedule's times.
         verdicts: all decisions, in the order they were taken.

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
-from dcompile.analyse.cost import CostModel, Roofline
+from dcompile.analyse.cost import NVLINK_PEERS, CostModel, Roofline
 from dcompile.collectives.cost import Curve, LinkModel
-from dcompile.collectives.nodes import Kind
+from dcompile.collectives.nodes import Kind, Via
 from dcompile.ir.types import DType
+
+
+@dataclass(frozen=True)
+class Prices:
+    """One lowering of collectives: see ``Calibration`` for both."""
+
+    curves: Mapping[Kind, tuple[tuple[int, float], ...]]
+    contention: float
 
 
 @dataclass(frozen=True)
@@ -22,6 +30,7 @@ class Calibration:
         contention: see ``LinkModel``.
         matmul_flops_per_us: f32 matrix products on one rank.
         bytes_per_us: bytes read plus written by one rank.
+        others: what collectives cost by the lowerings that can be used instead of the backend's own.
     """
 
     ranks: int
@@ -29,27 +38,47 @@ class Calibration:
     contention: float
     matmul_flops_per_us: float
     bytes_per_us: float
+    others: Mapping[Via, Prices] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """Exactly this, as text."""
-        curves = {kind.value: list(map(list, points)) for kind, points in self.curves.items()}
-        fields = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "curves"}
-        return json.dumps({"curves": curves, **fields}, sort_keys=True)
+        fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        fields["curves"] = _named(self.curves)
+        fields["others"] = {
+            via.value: {"curves": _named(prices.curves), "contention": prices.contention}
+            for via, prices in self.others.items()
+        }
+        return json.dumps(fields, sort_keys=True)
 
     @staticmethod
     def from_json(text: str) -> Calibration:
         """The calibration of which ``text`` is the JSON."""
         fields = json.loads(text)
-        curves = {
-            Kind(kind): tuple((int(size), float(us)) for size, us in points)
-            for kind, points in fields.pop("curves").items()
+        others = {
+            Via(via): Prices(_curves(found["curves"]), found["contention"])
+            for via, found in fields.pop("others").items()
         }
-        return Calibration(curves=curves, **fields)
+        return Calibration(curves=_curves(fields.pop("curves")), others=others, **fields)
 
     def link(self, default: LinkModel) -> LinkModel:
         """``default`` with what was measured in its place."""
-        curves = {kind: Curve.monotone(points) for kind, points in self.curves.items()}
-        return replace(default, contention=self.contention, curves=curves, measured_ranks=self.ranks)
+        defaults = {Via.FEW_CTAS: default, Via.PEERS: NVLINK_PEERS}
+        others = {via: self._filled(defaults[via], one.curves, one.contention) for via, one in self.others.items()}
+        return replace(self._filled(default, self.curves, self.contention), others=others)
+
+    def _filled(
+        self, default: LinkModel, points: Mapping[Kind, tuple[tuple[int, float], ...]], contention: float
+    ) -> LinkModel:
+        curves = {kind: Curve.monotone(measured) for kind, measured in points.items()}
+        return replace(default, contention=contention, curves=curves, measured_ranks=self.ranks)
+
+
+def _named(curves: Mapping[Kind, tuple[tuple[int, float], ...]]) -> dict[str, list[list[float]]]:
+    return {kind.value: list(map(list, points)) for kind, points in curves.items()}
+
+
+def _curves(named: Mapping[str, list[list[float]]]) -> dict[Kind, tuple[tuple[int, float], ...]]:
+    return {Kind(kind): tuple((int(size), float(us)) for size, us in points) for kind, points in named.items()}
 
 
 def calibrated(costs: CostModel, device: str, groups: Mapping[str, Calibration]) -> CostModel:

@@ -89,11 +89,12 @@ class CostModel:
 
     def transfer_us(self, start: Start, graph: Graph) -> float:
         """Time from the launch of ``start`` to its completion with nothing else running."""
-        return self.link(start.group.label).transfer_us(start.kind, payload_bytes(start, graph), start.group.size)
+        link = self.link(start.group.label).by(start.via)
+        return link.transfer_us(start.kind, payload_bytes(start, graph), start.group.size)
 
     def contention(self, start: Start) -> float:
         """Share of the transfer time of ``start`` that is added to compute running beside it."""
-        return self.link(start.group.label).contention
+        return self.link(start.group.label).by(start.via).contention
 
     def link(self, label: str) -> LinkModel:
         """The link of a group.
@@ -177,6 +178,10 @@ NCCL_NVLINK = LinkModel(
 """NCCL between two H200 over NVLink, bf16, in us: all-reduce 4 KiB 38, 1 MiB 35, 16 MiB 75, 64 MiB 252, 1 GiB 3236
 (332 GB/s); all-gather and reduce-scatter of a 1 GiB shard 3714. contention: a 256 MiB all-reduce (970 alone) beside
 5950 of matmuls added 750. hop is an estimate (a write over NVLink and a flag poll)."""
+
+NVLINK_PEERS = LinkModel(alpha_us=25, bytes_per_us=369_000, contention=0.25, hop_us=5.0)
+"""Copy engines between two H200 over NVLink: 512 MiB in 1460 us (369 GB/s); beside 5950 us of matmuls they added 360.
+alpha is an estimate: two barriers and a copy. A link has it only where ``calibrate`` found that peers map memory."""
 
 NCCL_NETWORK = LinkModel(
     alpha_us=30,

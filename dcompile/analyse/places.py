@@ -15,10 +15,10 @@ from dcompile.ir.kernel import Kernel
 from dcompile.ir.nodes import Extern, Node, Pack, View
 from dcompile.ir.symbolic import holds, is_check
 from dcompile.ir.types import Size, Value
-from dcompile.plan import ALIGNMENT, Home, Plan, Storage
+from dcompile.plan import ALIGNMENT, PARTS, Home, Plan, Storage
 
 Space = tuple[str, str]
-"""A separate address range: ``("arena", device)``, or ``("storage", name)`` for memory allocated on its own."""
+"""A separate address range: ``("arena", Storage.arena)``, or ``("storage", name)`` for memory allocated on its own."""
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ class _Resolver:
         nbytes = hint(storage.nbytes, self.hints)
         if storage.name != name or nbytes < 0:
             raise unsafe("V11", "the plan", f"storage {name} is entered as {storage.name} with {nbytes} bytes")
-        if storage.home is not Home.ARENA:
+        if storage.home not in PARTS:
             if storage.arena_offset is not None:
                 raise unsafe("V11", "the plan", f"{storage.home.value} storage {name} has an arena offset")
             return Bytes(("storage", name), 0, nbytes, name)
@@ -196,10 +196,10 @@ class _Resolver:
             raise unsafe("V11", "the plan", f"arena storage {name} starts at {offset}, not a multiple of {ALIGNMENT}")
         if not isinstance(storage.nbytes, int):
             raise unsafe("V11", "the plan", f"arena storage {name} has a symbolic size, {storage.nbytes} bytes")
-        room = self.plan.arena_bytes.get(storage.device, 0)
+        room = self.plan.arena_bytes.get(storage.arena, 0)
         if offset + nbytes > room:
             raise unsafe("V11", "the plan", f"storage {name} ends at {offset + nbytes}, the arena at {room}")
-        return Bytes(("arena", storage.device), offset, offset + nbytes, name)
+        return Bytes(("arena", storage.arena), offset, offset + nbytes, name)
 
     def node(self, node: Node, position: int, storages: Mapping[str, Bytes], starts: dict[str, Start]) -> None:
         aliased = set(node.aliases) if isinstance(node, Extern) else set()

@@ -46,7 +46,7 @@ from dcompile.errors import UnsafePlan
 from dcompile.ir.graph import Graph, hint
 from dcompile.ir.kernel import Kernel
 from dcompile.ir.nodes import Extern, Node, Pack, View
-from dcompile.plan import Home, Plan
+from dcompile.plan import PARTS, Home, Plan
 
 Hold = tuple[str, str]
 """A collective in flight and the rule that guards the bytes: ``V2`` (reads them), ``V3`` or ``V4`` (owns them)."""
@@ -130,7 +130,7 @@ class _Machine:
         if self.flying:
             raise self.broken("V7", f"{', '.join(sorted(self.flying))} launched but never waited for")
         for name in sorted(self.graph.output_names):
-            if self.plan.storages[self.where.bytes_of[name].storage].home is Home.ARENA:
+            if self.plan.storages[self.where.bytes_of[name].storage].home in PARTS:
                 raise self.broken("V10", f"returned tensor {name} lies in the arena")
             self.check_read(RETURN, name)
 
@@ -266,7 +266,7 @@ class _Machine:
             self.holds[mine.space].update(mine.start, mine.stop, partial(_without, hold))
 
     def free(self, storage: str) -> None:
-        if storage not in self.plan.storages or self.plan.storages[storage].home is Home.ARENA:
+        if storage not in self.plan.storages or self.plan.storages[storage].home in PARTS:
             raise self.broken("V8", f"frees {storage}, which is no storage of its own")
         if self.plan.storages[storage].home is Home.INPUT:
             raise self.broken("V10", f"frees input storage {storage}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from dcompile.codegen.host_text import tuple_text
-from dcompile.collectives.nodes import Start
+from dcompile.collectives.nodes import Start, Via
 from dcompile.ir.types import Size
 
 
@@ -19,7 +19,7 @@ def describe(start: Start) -> str:
 def start_text(
     start: Start, handle: str, tensor: Callable[[str], str], sizes: Callable[[tuple[Size, ...]], str]
 ) -> str:
-    """The launch: ``handle = start(kind, sources, results, group, reduction, root, in_place, name[, splits])``.
+    """The launch: ``handle = start(kind, sources, results, group, reduction, root, in_place, name[, splits][, via])``.
 
     Args:
         handle: variable of the work handle.
@@ -32,6 +32,8 @@ def start_text(
     arguments = ", ".join(repr(option) for option in options)
     if start.in_splits:
         arguments += f", ({sizes(start.in_splits)}, {sizes(start.out_splits)})"
+    if start.via is not Via.LIBRARY:
+        arguments += f", via={start.via.value!r}"
     return f"{handle} = start({start.kind.value!r}, {tuple_text(sources)}, {tuple_text(results)}, {arguments})"
 
 

@@ -12,7 +12,7 @@ from dcompile.ir.graph import SizeInput
 from dcompile.ir.kernel import Kernel
 from dcompile.ir.nodes import Extern, Node, Ref
 from dcompile.ir.types import Value
-from dcompile.plan import Plan
+from dcompile.plan import PARTS, Home, Plan
 
 RESERVED = frozenset({"rt", "torch", "call", "views", "arena", "block", "inputs", "result", "first", "rc", "threads"})
 RESERVED |= {"clock", "alias", "fits", "start", "wait", "stream", "empty_strided", "LAYOUTS", "SHAPES", "STEPS"}
@@ -32,7 +32,7 @@ class HostFrame(HostMemory):
     """
 
     def __init__(self, plan: Plan, name: str, timeline: bool) -> None:
-        super().__init__(plan, name, RESERVED)
+        super().__init__(plan, name, RESERVED | set(plan.arena_bytes))
         self.timeline = timeline
         self.bound: dict[tuple[str, str], str] = {}
         self.starts = {node.pending.name: node for node in self.graph.nodes if isinstance(node, Start)}
@@ -72,11 +72,11 @@ class HostFrame(HostMemory):
         return self.bound[kind, target]
 
     def _arena_bytes(self) -> dict[str, int]:
-        return {device: nbytes for device, nbytes in self.plan.arena_bytes.items() if nbytes}
+        return {name: nbytes for name, nbytes in self.plan.arena_bytes.items() if nbytes}
 
     def _heading(self) -> list[str]:
         """Doc line, bound functions, input layouts and arena."""
-        arena = ", ".join(f"{nbytes} bytes of {device} arena" for device, nbytes in self._arena_bytes().items())
+        arena = ", ".join(f"{nbytes} bytes of {name} arena" for name, nbytes in self._arena_bytes().items())
         lines = [f'"""Host program {self.name}: {len(self.graph.nodes)} steps, {arena or "no arena"}."""', ""]
         if (prediction := self.plan.prediction) is not None:
             lines += [
@@ -103,12 +103,17 @@ class HostFrame(HostMemory):
             return []
         lines = ["", "", "def views(block):", "    return ("]
         lines += [f"        {made},  # {variable}" for variable, made in self.arena_tensors.values()]
-        nbytes = {device: self.plan.arena_bytes.get(device, 0) for device in self._arena_devices()}
-        return [*lines, "    )", "", "", f"arena = rt.arena({nbytes!r}, views)"]
+        nbytes = {name: self.plan.arena_bytes.get(name, 0) for name in self._arenas()}
+        shared = {s.arena: s.group for s in self.plan.storages.values() if s.home is Home.SHARED}
+        more = f", {dict(sorted(shared.items()))!r}" if shared else ""
+        return [*lines, "    )", "", "", f"arena = rt.arena({nbytes!r}, views{more})"]
 
-    def _arena_devices(self) -> list[str]:
-        used = {place.device for place in self.places.values() if place.anchor is None}
-        return sorted(used | set(self._arena_bytes()))
+    def _arenas(self) -> dict[str, str]:
+        """The device type of each arena, by its name."""
+        used = {place.arena: place.device for place in self.places.values() if place.anchor is None}
+        blocks = self._arena_bytes()
+        used |= {s.arena: s.device for s in self.plan.storages.values() if s.home in PARTS and s.arena in blocks}
+        return dict(sorted(used.items()))
 
     def _layout(self, value: Value) -> str:
         written = value.name in self._exposed_inputs()
@@ -208,9 +213,9 @@ class HostFrame(HostMemory):
         if self.handles:
             lines.append(f"{' = '.join(self.handles.values())} = None")
         if arena:
-            others = [f"device_{device}" for device in self._arena_devices() if device != "cpu"]
+            others = [f"device_{device}" for device in sorted(set(self._arenas().values())) if device != "cpu"]
             lines.append(f"block = arena.take({', '.join(others)})")
-            lines += [f'{device} = block.base["{device}"]' for device in self._arena_devices()]
+            lines += [f'{name} = block.base["{name}"]' for name in self._arenas()]
             if self.arena_tensors:
                 variables = [variable for variable, _ in self.arena_tensors.values()]
                 lines.append(f"{tuple_text(variables)} = block.tensors")

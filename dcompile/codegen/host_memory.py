@@ -95,7 +95,7 @@ class HostMemory:
         shape, stride = sizes_text(place.shape, self.symbols), sizes_text(place.stride, self.symbols)
         if place.anchor is None:
             offset = size_text(place.offset, self.symbols)
-            return f"block.tensor({place.device!r}, {offset}, {dtype_text(place.dtype)}, {shape}, {stride})"
+            return f"block.tensor({place.arena!r}, {offset}, {dtype_text(place.dtype)}, {shape}, {stride})"
         base, typed = self.held[place.anchor], self._typed[place.anchor]
         if place.offset == 0 and (place.dtype, place.shape, place.stride) == (typed.dtype, typed.shape, typed.stride):
             return base
@@ -107,10 +107,10 @@ class HostMemory:
         return variable
 
     def _arena_tensor(self, place: Place, wish: str) -> str:
-        key = (place.device, place.offset, place.dtype, place.shape, place.stride)
+        key = (place.arena, place.offset, place.dtype, place.shape, place.stride)
         if key not in self.arena_tensors:
             shape, stride = sizes_text(place.shape, {}), sizes_text(place.stride, {})
-            made = f"block.tensor({place.device!r}, {place.offset}, {dtype_text(place.dtype)}, {shape}, {stride})"
+            made = f"block.tensor({place.arena!r}, {place.offset}, {dtype_text(place.dtype)}, {shape}, {stride})"
             self.arena_tensors[key] = (self.var.fresh(wish), made)
         return self.arena_tensors[key][0]
 
@@ -119,7 +119,7 @@ class HostMemory:
         place = self.places[name]
         offset = "" if place.offset == 0 else f" + {size_text(place.offset, self.symbols)}"
         if place.anchor is None:
-            return f"{place.device}{offset}"
+            return f"{place.arena}{offset}"
         if place.anchor in self._pointers:
             return f"{self._pointers[place.anchor]}{offset}"
         text = f"{self.held[place.anchor]}.data_ptr()"

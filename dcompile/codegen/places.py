@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dcompile.analyse.alias import strided_views
 from dcompile.collectives.nodes import Start, Wait
@@ -11,7 +11,7 @@ from dcompile.ir.index import as_size
 from dcompile.ir.kernel import Kernel
 from dcompile.ir.nodes import Extern, Node, View
 from dcompile.ir.types import DType, Size, Value
-from dcompile.plan import Home, Plan
+from dcompile.plan import PARTS, Plan
 
 
 @dataclass(frozen=True)
@@ -20,9 +20,10 @@ class Place:
 
     Attributes:
         anchor: name of the tensor the host program holds that the offset counts from: an input, a FRESH or LIBRARY
-            storage, or a library result that aliases something. None: the arena of ``device``.
+            storage, or a library result that aliases something. None: ``arena``.
         offset: bytes.
         shape, stride: as they are in memory, in elements of ``dtype``.
+        arena: of what block it is a part (``plan.Storage.arena``), where there is no anchor.
     """
 
     anchor: str | None
@@ -31,6 +32,7 @@ class Place:
     shape: tuple[Size, ...]
     stride: tuple[Size, ...]
     device: str
+    arena: str = ""
 
 
 def places(plan: Plan) -> dict[str, Place]:
@@ -53,7 +55,8 @@ def places(plan: Plan) -> dict[str, Place]:
                 raise CompilerBug(f"{graph.name}: view {node.out.name} is not a strided alias of {node.base}")
             base = found[view.base]
             offset = as_size(base.offset + view.offset * base.dtype.itemsize)
-            found[node.out.name] = Place(base.anchor, offset, node.out.dtype, view.shape, view.stride, base.device)
+            dtype = node.out.dtype
+            found[node.out.name] = replace(base, offset=offset, dtype=dtype, shape=view.shape, stride=view.stride)
             continue
         continued = _continued(node, starts)
         values = node.pending.results if isinstance(node, Start) and not node.pending.in_place else node.defs
@@ -90,7 +93,7 @@ def _is_alias(node: Extern, value: Value) -> bool:
 def _same_memory(value: Value, place: Place) -> Place:
     same_shape = tuple(value.shape) == tuple(place.shape)
     stride = place.stride if same_shape else value.stride
-    return Place(place.anchor, place.offset, value.dtype, value.shape, stride, place.device)
+    return replace(place, dtype=value.dtype, shape=value.shape, stride=stride)
 
 
 def _slot(plan: Plan, value: Value) -> Place:
@@ -98,7 +101,7 @@ def _slot(plan: Plan, value: Value) -> Place:
     if slot is None or slot.storage not in plan.storages:
         raise CompilerBug(f"{plan.graph.name}: {value.name} has no place")
     storage = plan.storages[slot.storage]
-    if storage.home is Home.ARENA:
+    if storage.home in PARTS:
         offset = as_size((storage.arena_offset or 0) + slot.offset)
-        return Place(None, offset, value.dtype, value.shape, value.stride, storage.device)
+        return Place(None, offset, value.dtype, value.shape, value.stride, storage.device, storage.arena)
     return Place(storage.name, slot.offset, value.dtype, value.shape, value.stride, storage.device)

@@ -7,6 +7,7 @@ addresses are printed as ``cpu + offset``; tensors over arena memory are made on
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -16,7 +17,6 @@ import torch
 from dcompile.codegen import collective
 from dcompile.codegen.host_frame import HostFrame
 from dcompile.codegen.host_text import arg_text, dtype_text, size_text, sizes_text, tuple_text, where_text
-from dcompile.codegen.places import Place
 from dcompile.collectives.nodes import Start, Wait
 from dcompile.errors import CompilerBug
 from dcompile.ir.index import as_size, product, symbol
@@ -209,8 +209,9 @@ class _Printer(HostFrame):
         offset = whole.offset
         for part in node.parts:
             place = self.places[part]
-            target = Place(whole.anchor, offset, place.dtype, place.shape, contiguous_stride(place.shape), whole.device)
-            there = (place.anchor, place.device) == (whole.anchor, whole.device) and place.offset == offset
+            stride = contiguous_stride(place.shape)
+            target = replace(whole, offset=offset, dtype=place.dtype, shape=place.shape, stride=stride)
+            there = (place.anchor, place.arena, place.offset) == (whole.anchor, whole.arena, offset)
             if not there and product(place.shape) != 0:
                 text = f"{self.tensor_at(target, f'{node.out.name}_{part}')}.copy_({self.tensor(part)})"
                 self.say(text, self._comment(position, node))

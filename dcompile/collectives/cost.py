@@ -6,7 +6,7 @@ from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from dcompile.collectives.nodes import Kind
+from dcompile.collectives.nodes import Kind, Via
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,7 @@ class LinkModel:
         hop_us: latency of each ring step beyond those of two ranks.
         slowdown: kinds whose large-message bandwidth is ``bytes_per_us / slowdown[kind]``; kinds not named have 1.
         curves: measured times of kinds between ``measured_ranks`` ranks; they replace the formula there.
+        others: prices of the lowerings that can be used instead of the backend's own.
     """
 
     alpha_us: float
@@ -65,6 +66,11 @@ class LinkModel:
     slowdown: Mapping[Kind, float] = field(default_factory=dict)
     curves: Mapping[Kind, Curve] = field(default_factory=dict)
     measured_ranks: int = 0
+    others: Mapping[Via, LinkModel] = field(default_factory=dict)
+
+    def by(self, via: Via) -> LinkModel:
+        """The prices of a lowering; a ``KeyError`` if the link has none such."""
+        return self if via is Via.LIBRARY else self.others[via]
 
     def transfer_us(self, kind: Kind, nbytes: float, group_size: int) -> float:
         """Time from launch to completion.

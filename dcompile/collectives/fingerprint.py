@@ -7,18 +7,24 @@ times, so ranks with very different compute may bucket differently: then they ar
 
 from __future__ import annotations
 
-from dcompile.collectives.nodes import Start
+from collections.abc import Callable
+
+from dcompile.collectives.nodes import Start, Via
 from dcompile.ir.graph import Graph
 from dcompile.ir.nodes import Node, Pack
 from dcompile.ir.types import Value
 
 
-def communication_lines(graph: Graph) -> tuple[str, ...]:
-    """One line for each Start: kind, group and operands, then the source line as a comment behind ``#``."""
-    return tuple(_line(graph, node) for node in graph.nodes if isinstance(node, Start))
+def communication_lines(graph: Graph, place: Callable[[str], str] | None = None) -> tuple[str, ...]:
+    """One line for each Start: kind, group and operands, then the source line as a comment behind ``#``.
+
+    Args:
+        place: says where a result lies that other ranks write themselves; None leaves that out.
+    """
+    return tuple(_line(graph, node, place) for node in graph.nodes if isinstance(node, Start))
 
 
-def _line(graph: Graph, start: Start) -> str:
+def _line(graph: Graph, start: Start, place: Callable[[str], str] | None) -> str:
     kind = start.kind.value + (f".{start.reduction}" if start.reduction else "")
     root = f" root {start.root}" if start.root is not None else ""
     sources = ", ".join(_operand(graph, name) for name in start.sources)
@@ -26,7 +32,10 @@ def _line(graph: Graph, start: Start) -> str:
         value = graph.value(start.sources[0])
         sources = f"{value.dtype.value}[{', '.join(('*', *map(str, value.shape[1:])))}] in shares"
     comment = f"  # {start.origin.source}" if start.origin.source else ""
-    return f"{kind} @{start.group.label}[{start.group.size}]{root} ({sources}){comment}"
+    via = "" if start.via is Via.LIBRARY else f" via {start.via.value}"
+    if place is not None and start.via is Via.PEERS:
+        via += f" to {', '.join(place(result.name) for result in start.pending.results)}"
+    return f"{kind} @{start.group.label}[{start.group.size}]{root} ({sources}){via}{comment}"
 
 
 def _operand(graph: Graph, name: str) -> str:

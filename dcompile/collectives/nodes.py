@@ -3,7 +3,7 @@
 Grammar, beside that of ``ir.nodes``::
 
     node = pending = start kind[.reduction] (sources) @group [in place] [root n]
-           [splits [size, ...] -> [size, ...]]
+           [splits [size, ...] -> [size, ...]] [via lowering]
          | value... = wait pending
 
 From the start to its wait nobody writes, frees or reuses the sources, and nobody touches the results. In place the
@@ -27,6 +27,21 @@ class Kind(Enum):
     BROADCAST = "broadcast"
     ALL_TO_ALL = "all_to_all"
 
+
+class Via(Enum):
+    """Who moves the bytes of a collective. All give the same numbers."""
+
+    LIBRARY = "library"
+    """The process group's backend."""
+    FEW_CTAS = "few_ctas"
+    """NCCL on few multiprocessors: slower alone, but it leaves the others to compute."""
+    PEERS = "peers"
+    """Copy engines, straight into the memory of the other ranks: results lie in symmetric memory. Multiprocessors stay
+    free for compute."""
+
+
+MOVES = frozenset({Kind.ALL_GATHER, Kind.ALL_TO_ALL})
+"""Kinds that copy without arithmetic, which copy engines can do."""
 
 REDUCTIONS = ("sum", "avg", "product", "min", "max", "band", "bor", "bxor")
 """Reductions of ALL_REDUCE and REDUCE_SCATTER, named as ``torch.distributed.ReduceOp`` names them, in lower case."""
@@ -55,6 +70,7 @@ class Start(Node):
         root: sending rank within the group for BROADCAST, else None.
         in_splits, out_splits: for ALL_TO_ALL with unequal shares, rows of the source that go to each rank and rows of
             the result that come from each; both empty where all shares are equal. They may differ from rank to rank.
+        via: its lowering.
     """
 
     pending: Pending
@@ -65,6 +81,7 @@ class Start(Node):
     root: int | None = None
     in_splits: tuple[Size, ...] = ()
     out_splits: tuple[Size, ...] = ()
+    via: Via = Via.LIBRARY
 
     @property
     def defs(self) -> tuple[Def, ...]:

@@ -7,7 +7,7 @@ from enum import Enum
 
 import sympy
 
-from dcompile.collectives.nodes import REDUCTIONS, Kind, Start
+from dcompile.collectives.nodes import MOVES, REDUCTIONS, Kind, Start, Via
 from dcompile.errors import CompilerBug, Unsupported
 from dcompile.ir.graph import Graph, hint
 from dcompile.ir.index import FloorDiv, as_expr, as_size, simplify
@@ -161,6 +161,8 @@ def _check_form(start: Start, rule: Rule) -> None:
         raise CompilerBug(f"{kind} of {len(start.sources)} sources with splits")
     if len(start.in_splits) != len(start.out_splits):
         raise CompilerBug(f"{kind} with splits of {len(start.in_splits)} and {len(start.out_splits)} ranks")
+    if start.via is Via.PEERS and (start.kind not in MOVES or start.in_splits or start.pending.in_place):
+        raise CompilerBug(f"{kind} via {start.via.value}")
     if start.group.size < 1:
         raise CompilerBug(f"{kind} over a group of {start.group.size}")
 

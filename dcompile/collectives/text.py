@@ -4,14 +4,14 @@ Grammar, beside that of ``ir.text``::
 
     pending = name ":" "pending" ["in" "place"] (values)
     node    = pending "=" "start" kind["."reduction] (names) "@" label "[" size "]" ["root" n]
-              ["splits" "[" sizes "]" "->" "[" sizes "]"]
+              ["splits" "[" sizes "]" "->" "[" sizes "]"] ["via" lowering]
             | value, ... "=" "wait" pending
 """
 
 from __future__ import annotations
 
 from dcompile.collectives.group import Group
-from dcompile.collectives.nodes import REDUCTIONS, Kind, Pending, Start, Wait
+from dcompile.collectives.nodes import REDUCTIONS, Kind, Pending, Start, Via, Wait
 from dcompile.ir.text import parse_expr, parse_graph, print_expr, print_graph, print_node
 from dcompile.ir.text_node import (
     DefGrammar,
@@ -44,7 +44,9 @@ def _print_start(node: Start) -> str:
     splits = ""
     if node.in_splits or node.out_splits:
         splits = f" splits [{print_sizes(node.in_splits)}] -> [{print_sizes(node.out_splits)}]"
-    return f"{kind} ({print_names(node.sources)}) @{quote_name(node.group.label)}[{node.group.size}]{root}{splits}"
+    via = "" if node.via is Via.LIBRARY else f" via {node.via.value}"
+    group = f"@{quote_name(node.group.label)}[{node.group.size}]"
+    return f"{kind} ({print_names(node.sources)}) {group}{root}{splits}{via}"
 
 
 def _read_start(reader: Reader, left: tuple[Def | None, ...]) -> Start:
@@ -64,10 +66,19 @@ def _read_start(reader: Reader, left: tuple[Def | None, ...]) -> Start:
     reader.expect("]")
     root = reader.integer("the root's rank") if reader.accept("root") else None
     in_splits, out_splits = _read_splits(reader) if reader.accept("splits") else ((), ())
+    via = _read_via(reader) if reader.accept("via") else Via.LIBRARY
     return Start(
         pending=left[0], kind=Kind(kind), group=Group(label, size), sources=sources, reduction=reduction or None,
-        root=root, in_splits=in_splits, out_splits=out_splits,
+        root=root, in_splits=in_splits, out_splits=out_splits, via=via,
     )  # fmt: skip
+
+
+def _read_via(reader: Reader) -> Via:
+    token = reader.peek()
+    name = reader.word("a lowering")
+    if name not in {via.value for via in Via}:
+        reader.fail(f"a lowering ({', '.join(via.value for via in Via)})", token)
+    return Via(name)
 
 
 def _read_splits(reader: Reader) -> tuple[tuple[Size, ...], tuple[Size, ...]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import partial
 
 from dcompile.analyse.alias import storage_roots
 from dcompile.codegen.cpp import CppModule
@@ -24,7 +25,7 @@ def facts_of(plan: Plan, module: CppModule, gpu: TritonModule) -> Facts:
     externs = [node for node in plan.graph.nodes if is_library_call(node)]
     return Facts(
         functions={name: Arity(s.buffers, s.sizes) for name, s in module.signatures.items()},
-        lines=communication_lines(plan.graph),
+        lines=communication_lines(plan.graph, partial(shared_place, plan)),
         launches=len(module.calls) + len(gpu.calls),
         library_calls=len(externs),
         collectives=sum(isinstance(node, Start) for node in plan.graph.nodes),
@@ -33,6 +34,13 @@ def facts_of(plan: Plan, module: CppModule, gpu: TritonModule) -> Facts:
         graph_refusal=graph_refusal(plan.graph),
         written=written_inputs(plan.graph),
     )
+
+
+def shared_place(plan: Plan, name: str) -> str:
+    """Where a value lies that other ranks write: bytes from the first of a block of so many."""
+    slot = plan.slots[name]
+    storage = plan.storages[slot.storage]
+    return f"byte {(storage.arena_offset or 0) + slot.offset} of {plan.arena_bytes[storage.arena]}"
 
 
 def graph_refusal(graph: Graph) -> str:

@@ -18,10 +18,12 @@ from dcompile.schedule.async_matmul import async_matmuls
 from dcompile.schedule.batch import batch_kernels
 from dcompile.schedule.bucket import bucket_collectives
 from dcompile.schedule.epilogue import library_epilogues
+from dcompile.schedule.exchange import exchange_sums
 from dcompile.schedule.fuse import fuse
 from dcompile.schedule.in_place import donate_sources, recover_in_place
 from dcompile.schedule.inline import inline_pointwise
 from dcompile.schedule.layout import choose_layouts
+from dcompile.schedule.lowering import choose_lowerings
 from dcompile.schedule.memory import plan_memory
 from dcompile.schedule.overlap import overlap, predict
 from dcompile.schedule.simplify import simplify_graph
@@ -68,6 +70,8 @@ class Pass:
 PASSES = (
     Pass(recover_in_place, takes=Level.LOOPS, gives=Level.LOOPS, optional=True),
     Pass(simplify_graph, takes=Level.LOOPS, gives=Level.LOOPS),
+    Pass(exchange_sums, takes=Level.LOOPS, gives=Level.LOOPS, optional=True),
+    Pass(choose_lowerings, takes=Level.LOOPS, gives=Level.LOOPS, optional=True),
     Pass(bucket_collectives, takes=Level.LOOPS, gives=Level.LOOPS, optional=True),
     Pass(async_matmuls, takes=Level.LOOPS, gives=Level.LOOPS, optional=True),
     Pass(donate_sources, takes=Level.LOOPS, gives=Level.LOOPS, optional=True),

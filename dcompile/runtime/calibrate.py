@@ -16,19 +16,23 @@ import socket
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from dcompile.analyse.calibration import Calibration
-from dcompile.collectives.nodes import Kind
+from dcompile.analyse.calibration import Calibration, Prices
+from dcompile.collectives.nodes import Kind, Via
 from dcompile.errors import DCompileError
 from dcompile.runtime.agree import exchange
 from dcompile.runtime.board import at_new_world
+from dcompile.runtime.calibrate_peers import peer_runs, prices_of, reach
 from dcompile.runtime.comm import Team, find_group
+from dcompile.runtime.few_ctas import few_ctas
 
 SIZES = (4 << 10, 32 << 10, 128 << 10, 512 << 10, 2 << 20, 8 << 20, 32 << 20)
 """Payload bytes measured; between them time is taken to be linear. The largest is as long as buckets get on slow links
@@ -47,11 +51,11 @@ LINK_SETTINGS = ("NCCL_", "TORCH_NCCL_", "GLOO_", "CUDA_VISIBLE_DEVICES", "CUDA_
 NO_LINK_SETTINGS = ("NCCL_DEBUG", "NCCL_COMM_ID", "TORCH_NCCL_DUMP", "TORCH_NCCL_TRACE", "TORCH_NCCL_DEBUG")
 """Those among them that only say what is written down, or where ranks meet."""
 
-FORMAT = 2
+FORMAT = 3
 """Number of the way in which results are measured and kept: those of others are not read."""
 
-CONTENTION_BYTES = 2 << 20
-"""The all-reduce run beside matrix products: a bucket of middle size."""
+CONTENTION_BYTES = {"cpu": 2 << 20, "cuda": 128 << 20}
+"""The collective run beside matrix products: a bucket of middle size. On GPUs smaller ones are latency only."""
 
 _numbers: Counter[str] = Counter()
 _known: dict[str, Calibration] = {}
@@ -148,19 +152,50 @@ Key = tuple[Kind, int]
 def _measure(team: Team, device: torch.device, agree: Callable[[str, str], list[str]]) -> Calibration:
     if team.size < 2:
         raise DCompileError("a group of one rank has no links to calibrate")
-    points = measured_us([(kind, size) for kind in KINDS for size in SIZES], team, device, agree)
+    beside = (Kind.ALL_REDUCE, CONTENTION_BYTES[device.type])
+    points = measured_us([*((kind, size) for kind in KINDS for size in SIZES), beside], team, device, agree)
     curves = {kind: tuple((size, points[kind, size]) for size in SIZES) for kind in KINDS}
     return Calibration(
         ranks=team.size,
         curves=curves,
-        contention=_contention(team, device, points[Kind.ALL_REDUCE, CONTENTION_BYTES]),
+        contention=_contention(_prepared(*beside, team, device), device, points[beside], _meeting(team, device)),
         matmul_flops_per_us=_matmul_flops_per_us(device),
         bytes_per_us=_bytes_per_us(device),
+        others=_others(team, device, agree),
     )
+
+
+def _others(team: Team, device: torch.device, agree: Callable[[str, str], list[str]]) -> dict[Via, Prices]:
+    """Prices of the other lowerings that this group can use."""
+    if device.type != "cuda":
+        return {}
+    beside = CONTENTION_BYTES[device.type]
+    few = replace(team, process_group=few_ctas(team.process_group))
+    runs: dict[Key, Callable[[], Any]] = {
+        (kind, size): _prepared(kind, size, few, device) for kind in KINDS for size in (*SIZES, beside)
+    }
+    times = timed_us(runs, team, device, lambda key, value: agree(f"few {key}", value))
+    meet = _meeting(team, device)
+    slowed = _contention(runs[Kind.ALL_REDUCE, beside], device, times[Kind.ALL_REDUCE, beside], meet)
+    others = {Via.FEW_CTAS: prices_of(times, slowed)}
+    found = reach(team, device, agree, beside)
+    if found is not None:
+        runs = peer_runs(*found, (*SIZES, beside), device)
+        times = timed_us(runs, team, device, lambda key, value: agree(f"peers {key}", value))
+        slowed = _contention(runs[Kind.ALL_GATHER, beside], device, times[Kind.ALL_GATHER, beside], meet)
+        others[Via.PEERS] = prices_of(times, slowed)
+    return others
 
 
 def measured_us(
     keys: Sequence[Key], team: Team, device: torch.device, agree: Callable[[str, str], list[str]]
+) -> dict[Key, float]:
+    """Undisturbed microseconds of each collective of the backend; see ``timed_us``."""
+    return timed_us({key: _prepared(*key, team, device) for key in keys}, team, device, agree)
+
+
+def timed_us(
+    runs: Mapping[Key, Callable[[], Any]], team: Team, device: torch.device, agree: Callable[[str, str], list[str]]
 ) -> dict[Key, float]:
     """Undisturbed microseconds of each collective; the same on all ranks, all of which must call it.
 
@@ -170,16 +205,13 @@ def measured_us(
     Args:
         agree: gives the texts of all ranks under a key, see ``agree.exchange``.
     """
-    runs = {key: _prepared(*key, team, device) for key in keys}
-    meet = _prepared(Kind.ALL_REDUCE, 4 * team.size, team, device)
+    meet = _meeting(team, device)
     times: list[list[float]] = []
     began = time.perf_counter()
     for number in range(ROUNDS):
         times.append([])
         for run in runs.values():
-            for _ in range(MEETINGS):
-                meet().wait()
-            times[-1].append(_timed_us(run, device))
+            times[-1].append(_timed_us(run, device, meet))
         late = agree(f"round{number}", str(time.perf_counter() - began > SECONDS))
         if number >= LEAST_ROUNDS and "True" in late:
             break
@@ -190,6 +222,17 @@ def measured_us(
 
 MEETINGS = 2
 """Small all-reduces before each measurement: after the first all ranks are there, the second lets them go together."""
+
+
+def _meeting(team: Team, device: torch.device) -> Callable[[], None]:
+    """What lets all ranks go on together."""
+    small = _prepared(Kind.ALL_REDUCE, 4 * team.size, team, device)
+
+    def meet() -> None:
+        for _ in range(MEETINGS):
+            small().wait()
+
+    return meet
 
 
 def _prepared(kind: Kind, nbytes: int, team: Team, device: torch.device) -> Callable[[], Any]:
@@ -212,28 +255,43 @@ def _prepared(kind: Kind, nbytes: int, team: Team, device: torch.device) -> Call
 KINDS = (Kind.ALL_REDUCE, Kind.ALL_GATHER, Kind.REDUCE_SCATTER, Kind.BROADCAST, Kind.ALL_TO_ALL)
 
 
-def _timed_us(run: Callable[[], Any], device: torch.device) -> float:
-    """Microseconds from launch to completion."""
-    _settle(device)
+def _timed_us(run: Callable[[], Any], device: torch.device, meet: Callable[[], None] = lambda: None) -> float:
+    """Microseconds from launch to completion; ``meet`` is called before.
+
+    On a GPU they count in its stream, which is busy until the host has launched everything: the host's own time does
+    not count, because in a program it runs ahead.
+    """
+    if device.type == "cuda":
+        return _gpu_us(run, device, meet)
+    meet()
     began = time.perf_counter()
     run().wait()
-    _settle(device)
     return (time.perf_counter() - began) * 1e6
 
 
-def _settle(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def _gpu_us(run: Callable[[], Any], device: torch.device, meet: Callable[[], None]) -> float:
+    began, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.mm(_busy(device), _busy(device))
+    meet()
+    began.record()
+    run().wait()
+    ended.record()
+    ended.synchronize()
+    return began.elapsed_time(ended) * 1e3
 
 
-def _contention(team: Team, device: torch.device, transfer_us: float) -> float:
-    """Time an all-reduce adds to matrix products that last four times as long, as a share of its own time."""
-    side = 2048 if device.type == "cuda" else 256
-    a, b = torch.zeros(side, side, device=device), torch.zeros(side, side, device=device)
-    out = torch.zeros(side, side, device=device)
+@lru_cache(maxsize=1)
+def _busy(device: torch.device) -> torch.Tensor:
+    """Its square takes some 3 ms, in which a host launches whatever is measured."""
+    return torch.rand(4096, 4096, device=device)
+
+
+def _contention(launch: Callable[[], Any], device: torch.device, transfer_us: float, meet: Callable[[], None]) -> float:
+    """Time a collective adds to matrix products that last four times as long, as a share of its own time."""
+    side, dtype = (4096, torch.bfloat16) if device.type == "cuda" else (256, torch.float32)
+    a, b, out = (torch.rand(side, side, device=device, dtype=dtype) for _ in range(3))
     once_us = statistics.median(_timed_us(lambda: _Done(torch.mm(a, b, out=out)), device) for _ in range(7))
     count = max(1, round(4 * transfer_us / once_us))
-    launch = _prepared(Kind.ALL_REDUCE, CONTENTION_BYTES, team, device)
 
     def compute() -> None:
         for _ in range(count):
@@ -248,7 +306,7 @@ def _contention(team: Team, device: torch.device, transfer_us: float) -> float:
         compute()
         return work
 
-    pairs = [(_timed_us(alone, device), _timed_us(beside, device)) for _ in range(5)]
+    pairs = [(_timed_us(alone, device, meet), _timed_us(beside, device, meet)) for _ in range(5)]
     added = statistics.median(with_it - without for without, with_it in pairs[1:])
     return min(max(added / transfer_us, 0.0), 1.0)
 
@@ -292,4 +350,8 @@ def _median(found: list[Calibration]) -> Calibration:
         contention=middle([one.contention for one in found]),
         matmul_flops_per_us=middle([one.matmul_flops_per_us for one in found]),
         bytes_per_us=middle([one.bytes_per_us for one in found]),
+        others={
+            via: replace(found[0].others[via], contention=middle([one.others[via].contention for one in found]))
+            for via in found[0].others
+        },
     )

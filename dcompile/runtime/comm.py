@@ -18,13 +18,18 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
+from dcompile.collectives.nodes import Via
 from dcompile.errors import CompilerBug, DCompileError, DeadlineExceeded, Unsupported
 from dcompile.runtime import flat as fl
+from dcompile.runtime.arena import Shared
 from dcompile.runtime.board import Board, Lookout, board
 from dcompile.runtime.duty import Duty, duty_named
+from dcompile.runtime.few_ctas import few_ctas
 from dcompile.runtime.flights import FLIGHTS, Flight, Place
 from dcompile.runtime.kinds import LAUNCHES, Launched, Request, Splits
 from dcompile.runtime.last_words import end_with
+from dcompile.runtime.peers import Peers
+from dcompile.runtime.symmetric import SymmetricWindow
 from dcompile.runtime.waits import Notice
 from dcompile.runtime.watchdog import watch_cuda
 
@@ -72,6 +77,9 @@ class Handle(Launched):
             future.then(lambda _: report())
 
 
+LIBRARY, FEW_CTAS, PEERS = (via.value for via in Via)
+
+
 class Communicator(Protocol):
     """What generated programs call."""
 
@@ -86,11 +94,14 @@ class Communicator(Protocol):
         in_place: bool,
         name: str,
         splits: Splits | None = None,
+        via: str = LIBRARY,
     ) -> Handle: ...
 
     def wait(self, handle: Handle) -> None: ...
 
     def drain(self, handles: Iterable[Handle | None], patient: bool) -> bool: ...
+
+    def share(self, group: str, nbytes: int, device: torch.device) -> Shared: ...
 
 
 @dataclass(frozen=True)
@@ -171,6 +182,7 @@ class TorchComm:
         for label, name in groups.items():
             group = find_group(name)
             self.teams[label] = Team(label, group, dist.get_rank(group), dist.get_world_size(group), duty_named(name))
+        self._peers: dict[str, Peers] = {}
         self._torn: set[int] = set()  # threads whose last start failed half way
 
     def start(
@@ -184,6 +196,7 @@ class TorchComm:
         in_place: bool,
         name: str,
         splits: Splits | None = None,
+        via: str = LIBRARY,
     ) -> Handle:
         """Launch a collective.
 
@@ -196,6 +209,7 @@ class TorchComm:
             name: how messages call it.
             splits: rows of the only source to each rank and of the only result from each, for ``all_to_all`` in
                 unequal shares.
+            via: ``collectives.nodes.Via`` value. Results of ``"peers"`` lie in memory from ``share``.
 
         Raises:
             DCompileError: the backend refuses the collective, or a peer is gone. If a part of a coalesced collective
@@ -209,15 +223,19 @@ class TorchComm:
         if team.duty is not None:
             team.duty.launched = not team.duty.alone
             if team.duty.alone:
-                _keep_own(sources, results, team.size)
+                _keep_own(kind, sources, results, team.size)
                 return handle
         handle.keep = (sources, results)
         handle.on_cuda = any(t.is_cuda for t in sources)
-        request = Request(team.process_group, team.rank, team.size, reduction, root, in_place, splits)
+        process_group = few_ctas(team.process_group) if via == FEW_CTAS else team.process_group
+        request = Request(process_group, team.rank, team.size, reduction, root, in_place, splits)
         if (here := board()) is not None:
             here.moves_on()
         handle.flight = FLIGHTS.launch(kind, name, team.place, (sources, results))
         try:
+            if via == PEERS:
+                handle.works.append(self.peers(group).launch(kind, sources, results))
+                return handle
             parts = _by_dtype(sources)
             if reduction is not None:
                 for part in parts:
@@ -236,6 +254,25 @@ class TorchComm:
             who = f"rank {dist.get_rank()}: {name} on group {_who(team)}"
             raise DCompileError(f"{who} cannot start: {error}") from error
         return handle
+
+    def peers(self, group: str) -> Peers:
+        """The ranks of a group as this program reaches them without the backend."""
+        if group not in self._peers:
+            team = self.teams[group]
+            self._peers[group] = Peers(team.rank, team.size, partial(SymmetricWindow, group=team.process_group))
+        return self._peers[group]
+
+    def share(self, group: str, nbytes: int, device: torch.device) -> Shared:
+        """Memory that every rank of ``group`` maps; each of them must ask for it, in the same order.
+
+        Raises:
+            DCompileError: this machine cannot.
+        """
+        try:
+            return self.peers(group).allocate(nbytes, device)
+        except RuntimeError as error:
+            who = f"rank {dist.get_rank()}: group {_who(self.teams[group])}"
+            raise DCompileError(f"{who} cannot share {nbytes} bytes of memory: {error}") from error
 
     def wait(self, handle: Handle) -> None:
         """End ``handle``'s collective: its results are in place afterwards.
@@ -314,10 +351,19 @@ class TorchComm:
         return end_with(error, self.flight_dir)
 
 
-def _keep_own(sources: Sequence[torch.Tensor], results: Sequence[torch.Tensor], ranks: int) -> None:
-    """Instead of the sum of shares that were scaled by ``1 / ranks``: this rank's own, unscaled."""
+def _keep_own(kind: str, sources: Sequence[torch.Tensor], results: Sequence[torch.Tensor], ranks: int) -> None:
+    """As if every rank had sent what this one sends: of shares scaled by ``1 / ranks`` this rank's own, unscaled.
+
+    Raises:
+        CompilerBug: no all-reduce and none of what one can become.
+    """
     for source, result in zip(sources, results, strict=True):
-        torch.mul(source, ranks, out=result)
+        if kind == "all_reduce":
+            torch.mul(source, ranks, out=result)
+        elif kind == "all_gather":
+            result.view(ranks, *source.shape).copy_(source.expand(ranks, *source.shape))
+        else:
+            raise CompilerBug(f"{kind} of gradients that are not averaged")
 
 
 def _wait_on_host(work: Any, until: float, lookout: Lookout) -> None:

@@ -6,6 +6,7 @@ import ctypes
 import linecache
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -82,9 +83,14 @@ class Runtime:
             raise CompilerBug(f"{self.name} contains collectives but was loaded without a communicator")
         return self._communicator
 
-    def arena(self, nbytes: Mapping[str, int], views: Callable[[Block], tuple[torch.Tensor, ...]]) -> Arena:
-        """The program's working memory."""
-        return Arena(nbytes, views)
+    def arena(
+        self,
+        nbytes: Mapping[str, int],
+        views: Callable[[Block], tuple[torch.Tensor, ...]],
+        shared: Mapping[str, str] | None = None,
+    ) -> Arena:
+        """The program's working memory; ``shared``: for pieces that a group's ranks map the label of the group."""
+        return Arena(nbytes, views, {name: partial(self.comm.share, label) for name, label in (shared or {}).items()})
 
     def conform(
         self, tensors: Sequence[torch.Tensor], layouts: Sequence[InputLayout], shapes: Sequence[tuple[Any, Any]]

@@ -29,8 +29,8 @@ from dcompile.schedule.simulate import Problem, prepare, simulate, tails
 
 STAGE = "bucket"
 
-MERGEABLE = frozenset({Kind.ALL_REDUCE, Kind.ALL_GATHER, Kind.REDUCE_SCATTER})
-"""Kinds of which training steps have many small ones; broadcasts and all-to-alls of one step depend on each other."""
+MERGEABLE = frozenset({Kind.ALL_REDUCE, Kind.ALL_GATHER, Kind.REDUCE_SCATTER, Kind.ALL_TO_ALL})
+"""Kinds of which training steps have many small ones."""
 
 SMALLEST_BUCKET = 2**20
 """Bytes of the first size tried. Below 1 MiB latency is all: NCCL on NVLink takes 38 us for 4 KiB and 35 us for 1 MiB,
@@ -107,7 +107,7 @@ def _estimate_us(problem: Problem, done: Sequence[float], buckets: Sequence[Buck
         node = problem.graph.nodes[bucket[0].start]
         assert isinstance(node, Start), "buckets hold launches"
         lane, payload = problem.lane[bucket[0].start], sum(member.nbytes for member in bucket)
-        transfer_us = ctx.costs.link(lane).transfer_us(node.kind, payload, node.group.size)
+        transfer_us = ctx.costs.link(lane).by(node.via).transfer_us(node.kind, payload, node.group.size)
         added += transfer_us * problem.contention[bucket[0].start]
         ready = max(member.available for member in bucket)
         free[lane] = max(free.get(lane, 0.0), done[ready] if ready >= 0 else 0.0) + transfer_us
@@ -194,7 +194,7 @@ def _members(graph: Graph, before: Sequence[tuple[int, ...]], ctx: Context) -> l
             ctx.verdict(STAGE, node.pending.name, "not merged", reason)
             continue
         value = graph.value(node.sources[0])
-        key = (node.kind, node.group, node.reduction, value.dtype, value.device)
+        key = (node.kind, node.group, node.reduction, value.dtype, value.device, node.via)
         available = max(before[position], default=-1)
         payload = payload_bytes(node, graph)
         held = payload if node.kind is Kind.ALL_REDUCE else carried_bytes(graph, node)  # reduced in place when packed
@@ -220,6 +220,8 @@ def _spoilt_results(graph: Graph) -> dict[str, str]:
 def _why_alone(graph: Graph, position: int, start: Start, wait: int, sharing: Mapping[str, list[str]]) -> str | None:
     """None if ``start`` may be merged, else the reason. ``sharing``: by name, all names of the same storage."""
     values = [graph.value(name) for name in start.sources]
+    if start.in_splits:
+        return "its shares are unequal"
     if any((v.dtype, v.device) != (values[0].dtype, values[0].device) for v in values):
         return "its sources differ in dtype or device"
     if not all(is_contiguous(result) for result in start.pending.results):

@@ -66,13 +66,14 @@ class _Scheduler:
         self.ready: list[tuple[float, int]] = []
         self.launches: list[tuple[float, int]] = []
         """Starts whose operands are ready, by priority; few, because launches of a group keep their order."""
+        self.behind: dict[int, list[int]] = {}
+        """Nodes that have arrived and wait for a transfer, by the position of its Wait."""
 
     def run(self) -> tuple[int, ...]:
         for position, missing in enumerate(self.missing):
             if missing == 0 and not self.lazy[position]:
                 self._arrive(position)
-        while self.future or self.ready or self.launches:
-            self._mature()
+        while self._mature():
             if not (self._launch() or self._compute()):
                 self._stand_still()
         for position in range(len(self.done)):
@@ -86,15 +87,22 @@ class _Scheduler:
         for wait in self.waits[position]:
             if not self.done[wait]:
                 ends = max(ends, self._end_of(wait))
+                self.behind.setdefault(wait, []).append(position)
         heapq.heappush(self.future, (ends, self.priority[position]))
 
     def _end_of(self, wait: int) -> float:
         return self.clock.transfers[self.problem.start_of[wait]][1]
 
-    def _mature(self) -> None:
-        while self.future and self.future[0][0] <= self.clock.now:
+    def _mature(self) -> bool:
+        """Sort what has become ready; whether anything is left to run. Nodes that ``_land`` has run are dropped."""
+        done = self.done
+        while self.future and (self.future[0][0] <= self.clock.now or done[self.future[0][1][1]]):
             key = heapq.heappop(self.future)[1]
-            heapq.heappush(self.launches if key[1] in self.transfer else self.ready, key)
+            if not done[key[1]]:
+                heapq.heappush(self.launches if key[1] in self.transfer else self.ready, key)
+        while self.ready and done[self.ready[0][1]]:
+            heapq.heappop(self.ready)
+        return bool(self.future or self.ready or self.launches)
 
     def _launch(self) -> bool:
         """Launch the most urgent Start that may go now."""
@@ -121,7 +129,16 @@ class _Scheduler:
                 return True
             if self.missing[wait] == 0 and self._end_of(wait) <= self.clock.now:
                 self._run(wait)
+                self._land(wait)
         return self._fits(start)
+
+    def _land(self, wait: int) -> None:
+        """Run what turns the arrived results into something that is no larger, so that they do not pile up."""
+        for position in self.behind.pop(wait, ()):
+            if self.done[position] or position in self.transfer or self.live.change(position) > 0:
+                continue
+            if all(self.done[other] or self._end_of(other) <= self.clock.now for other in self.waits[position]):
+                self._run(position)
 
     def _fits(self, start: int) -> bool:
         return not self.flying or self.flying_bytes + self.problem.carried[start] <= self.cap_bytes
@@ -132,7 +149,9 @@ class _Scheduler:
             return False
         looked = [heapq.heappop(self.ready)]
         while not self._suits(looked[-1]) and self.ready and len(looked) < LOOK:
-            looked.append(heapq.heappop(self.ready))
+            key = heapq.heappop(self.ready)
+            if not self.done[key[1]]:
+                looked.append(key)
         chosen = looked[-1] if self._suits(looked[-1]) else self._least_bad(looked)
         for key in looked:
             if key is not chosen:

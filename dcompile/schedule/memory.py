@@ -8,21 +8,21 @@ one block per device by ``offsets.assign_offsets``.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import sympy
 
 from dcompile.analyse.alias import Strided, shared_storage, storage_roots, strided_views
 from dcompile.analyse.context import Context
 from dcompile.analyse.lifetime import lifetimes
-from dcompile.collectives.nodes import Start
+from dcompile.collectives.nodes import Start, Via
 from dcompile.errors import CompilerBug
 from dcompile.ir.graph import Graph, hint
 from dcompile.ir.index import as_size
 from dcompile.ir.kernel import Kernel
 from dcompile.ir.nodes import Extern, Pack, View
 from dcompile.ir.types import Size, Value, contiguous_stride
-from dcompile.plan import Home, Plan, Prediction, Slot, Storage
+from dcompile.plan import PARTS, Home, Plan, Prediction, Slot, Storage
 from dcompile.schedule.offsets import Request, aligned, assign_offsets
 
 STAGE = "plan_memory"
@@ -30,7 +30,10 @@ STAGE = "plan_memory"
 
 @dataclass
 class _Block:
-    """A storage while it is planned; ``first`` and ``last`` are node positions, both in use."""
+    """A storage while it is planned; ``first`` and ``last`` are node positions, both in use.
+
+    ``group``: label of the group that maps SHARED memory.
+    """
 
     name: str
     home: Home
@@ -38,8 +41,13 @@ class _Block:
     device: str
     first: int
     last: int
+    group: str = ""
     host: tuple[str, Size] | None = None
     """The block it was joined to and its first byte in there."""
+
+    def storage(self, offset: int | None = None) -> Storage:
+        """As it stands in the plan."""
+        return Storage(self.name, self.home, self.nbytes, self.device, offset, self.group)
 
 
 @dataclass
@@ -92,7 +100,7 @@ def plan_memory(graph: Graph, ctx: Context, prediction: Prediction | None = None
     offsets, arena_bytes = _arenas(planner)
     names = _storage_names(planner)
     storages = {
-        names[block.name]: Storage(names[block.name], block.home, block.nbytes, block.device, offsets.get(block.name))
+        names[block.name]: replace(block.storage(offsets.get(block.name)), name=names[block.name])
         for block in planner.blocks.values()
         if block.host is None
     }
@@ -124,10 +132,15 @@ def _make_blocks(planner: _Planner) -> None:
         for out in node.outs
         if out is not None and roots[out.name] == out.name
     }
+    landings = _landings(graph)
     for root in dict.fromkeys(roots.values()):
         value = graph.value(root)
         nbytes = as_size(value.nbytes)
-        if root in graph.input_names:
+        if root in landings:
+            home = Home.SHARED
+            if root in escaping or not isinstance(nbytes, int):
+                raise CompilerBug(f"{STAGE}: {root} lands in shared memory but is returned or of unknown size")
+        elif root in graph.input_names:
             home = Home.INPUT
         elif root in from_library:
             home = Home.LIBRARY
@@ -136,7 +149,18 @@ def _make_blocks(planner: _Planner) -> None:
         else:
             home = Home.ARENA
         life = lives[root]
-        planner.blocks[root] = _Block(root, home, nbytes, value.device, life.first, life.last)
+        group = landings.get(root, "")
+        planner.blocks[root] = _Block(root, home, nbytes, value.device, life.first, life.last, group)
+
+
+def _landings(graph: Graph) -> dict[str, str]:
+    """Results that other ranks write themselves, with the label of their group."""
+    return {
+        result.name: node.group.label
+        for node in graph.nodes
+        if isinstance(node, Start) and node.via is Via.PEERS
+        for result in node.pending.results
+    }
 
 
 def _locate(planner: _Planner) -> None:
@@ -275,9 +299,10 @@ def _arenas(planner: _Planner) -> tuple[dict[str, int], dict[str, int]]:
     """Offset of each arena block and size of each device's arena."""
     requests: dict[str, list[Request]] = {}
     for block in planner.blocks.values():
-        if block.host is None and block.home is Home.ARENA:
+        if block.host is None and block.home in PARTS:
             nbytes = hint(block.nbytes, {})
-            requests.setdefault(block.device, []).append(Request(block.name, nbytes, block.first, block.last))
+            request = Request(block.name, nbytes, block.first, block.last)
+            requests.setdefault(block.storage().arena, []).append(request)
     offsets: dict[str, int] = {}
     sizes: dict[str, int] = {}
     for device, wanted in sorted(requests.items()):

@@ -160,6 +160,7 @@ class _Builder:
             sources=tuple(source for start in starts for source in start.sources),
             reduction=starts[0].reduction,
             root=starts[0].root,
+            via=starts[0].via,
             origin=origin,
         )
         return (start,), (Wait(outs=outs, pending=start.pending.name, origin=origin),)

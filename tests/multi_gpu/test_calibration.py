@@ -20,7 +20,7 @@ def _calibrate(rank: int, folder: str) -> tuple[str, str, float, int]:
     from dcompile.pipeline import Built
     from dcompile.runtime import calibrate
 
-    calibrate.SIZES = (*calibrate.SIZES[:2], calibrate.CONTENTION_BYTES)
+    calibrate.SIZES = (*calibrate.SIZES[:2], calibrate.CONTENTION_BYTES["cpu"])
     first = calibrate.calibrate(None, Path(folder) / str(rank), 60.0)
     again = calibrate.calibrate(None, Path(folder) / str(rank), 60.0)
     group = dist.group.WORLD.group_name
