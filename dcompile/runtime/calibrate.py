@@ -270,14 +270,14 @@ def _timed_us(run: Callable[[], Any], device: torch.device, meet: Callable[[], N
 
 
 def _gpu_us(run: Callable[[], Any], device: torch.device, meet: Callable[[], None]) -> float:
-    began, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     torch.mm(_busy(device), _busy(device))
     meet()
     began.record()
     run().wait()
     ended.record()
     ended.synchronize()
-    return began.elapsed_time(ended) * 1e3
+    return float(began.elapsed_time(ended)) * 1e3
 
 
 @lru_cache(maxsize=1)
