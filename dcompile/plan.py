@@ -34,6 +34,7 @@ class Storage:
         nbytes: bytes it spans.
         arena_offset: first byte in the arena, a multiple of ``ALIGNMENT``; None unless home is ARENA or SHARED.
         group: label of the group that maps it; "" unless home is SHARED.
+        donor: the input whose memory it takes if nobody outside the program holds that any more; only if it is FRESH.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Storage:
     device: str
     arena_offset: int | None = None
     group: str = ""
+    donor: str | None = None
 
     @property
     def arena(self) -> str:

@@ -16,6 +16,7 @@ Rules (the id stands first in the message):
 - V12 a step's results share bytes with each other or with operands where the step does not allow it
 - V13 calls with effects are not in program order, or a step passes a barrier
 - V14 the plan's steps, inputs or outputs are not the program's
+- V15 a storage takes the memory of an input that is returned or read later, or not in place
 """
 
 from __future__ import annotations
@@ -74,6 +75,7 @@ def verify(plan: Plan, program: Graph | None = None) -> None:
     if program is not None:
         check_steps(plan.graph, program)
     hints = plan.graph.size_hints
+    check_donors(plan)
     _prove(plan, program, hints)
     for sizes in other_sizes(plan.graph):
         try:
@@ -99,6 +101,52 @@ def other_sizes(graph: Graph) -> list[dict[sympy.Symbol, int]]:
     doubled = {symbol: 2 * max(n, 1) for symbol, n in hints.items()}
     apart = {symbol: (3 + k) * max(n, 1) for k, (symbol, n) in enumerate(hints.items())}
     return [sizes for sizes in (doubled, apart) if admits(graph, sizes)]
+
+
+def check_donors(plan: Plan) -> None:
+    """V15: each input that a storage takes over is last read, at the same bytes, by the kernel that first writes it.
+
+    Raises:
+        UnsafePlan: it is not.
+    """
+    given = {storage.donor: storage for storage in plan.storages.values() if storage.donor is not None}
+    if not given:
+        return
+    if len(given) < sum(storage.donor is not None for storage in plan.storages.values()):
+        raise unsafe("V15", "the plan", "two storages take the memory of one input")
+    graph, where = plan.graph, places(plan)
+    in_place = {
+        (where.bytes_of[out].storage, where.bytes_of[operand].storage, position)
+        for position, node in enumerate(graph.nodes)
+        if isinstance(node, Kernel)
+        for out, operand in node.inplace
+    }
+    lives = storage_lives(plan, where)
+    for donor, storage in given.items():
+        taken, first = lives.get(donor, (0, -1))[1], lives[storage.name][0]
+        home = plan.storages[donor].home if donor in plan.storages else None
+        same = home is Home.INPUT and plan.storages[donor].nbytes == storage.nbytes and storage.home is Home.FRESH
+        if not same or taken > first or (storage.name, donor, first) not in in_place:
+            raise unsafe("V15", describe(graph.nodes[first], first), f"{storage.name} takes the memory of {donor}")
+
+
+def storage_lives(plan: Plan, where: Places) -> dict[str, tuple[int, int]]:
+    """First and last position at which each storage is touched; the length of the program if it is returned."""
+    found: dict[str, tuple[int, int]] = {}
+    starts = {node.pending.name: node for node in plan.graph.nodes if isinstance(node, Start)}
+
+    def touch(name: str, position: int) -> None:
+        if name in where.bytes_of:
+            storage = where.bytes_of[name].storage
+            found[storage] = (found.get(storage, (position, position))[0], position)
+
+    for position, node in enumerate(plan.graph.nodes):
+        sources = starts[node.pending].sources if isinstance(node, Wait) else ()
+        for name in (*node.operands, *sources, *(item.name for item in node.defs)):
+            touch(name, position)
+    for name in plan.graph.output_names:
+        touch(name, len(plan.graph.nodes))
+    return found
 
 
 class _Machine:

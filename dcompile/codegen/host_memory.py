@@ -67,7 +67,10 @@ class HostMemory:
         variable = self.var.fresh(storage.name)
         device = "" if storage.device == "cpu" else f", device={self.device(storage.device)}"
         shape, stride = sizes_text(typed.shape, self.symbols), sizes_text(typed.stride, self.symbols)
-        self.say(f"{variable} = empty_strided({shape}, {stride}, dtype={dtype_text(typed.dtype)}{device})")
+        if storage.donor is None:
+            self.say(f"{variable} = empty_strided({shape}, {stride}, dtype={dtype_text(typed.dtype)}{device})")
+        else:
+            self.say(f"{variable} = rt.take({self.held[storage.donor]}, {shape}, {stride}, {dtype_text(typed.dtype)})")
         self.hold(storage.name, variable, typed)
 
     def _representative(self, storage: Storage) -> Place:

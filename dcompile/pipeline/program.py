@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from dcompile.analyse.context import Context
+from dcompile.capture import storage_users
 from dcompile.codegen.calls import calls_json
 from dcompile.codegen.cpp import CppModule, print_cpp
 from dcompile.codegen.triton import print_triton
@@ -133,7 +134,8 @@ def _build(lowered: Lowered, name: str, options: Options, watch: Watch, graphing
     complete = partial(_complete, lowered.extra_inputs)
 
     def compiled(loaded: Future[Loaded]) -> CompiledGraph:
-        return CompiledGraph(name, loaded, lowered.group_names, complete, options, graphing, programs)
+        groups = lowered.group_names
+        return CompiledGraph(name, loaded, groups, complete, options, graphing, programs, storage_users)
 
     if (found := _cached(cache, key)) is not None:
         count(found.facts, graphing, hits=1)

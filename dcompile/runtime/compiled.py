@@ -257,6 +257,7 @@ class CompiledGraph:
         complete: appends to the inputs what the traced program leaves implicit (constants, sizes).
         graphing: replay it as CUDA graphs if it can be; None for the plain program.
         programs: the programs it calls.
+        users: how many hold a tensor's storage (``capture.storage_users``); None: nobody knows.
     """
 
     def __init__(
@@ -268,9 +269,11 @@ class CompiledGraph:
         options: Options,
         graphing: Graphing | None = None,
         programs: Mapping[str, Callable[..., Any]] | None = None,
+        users: Callable[[torch.Tensor], int] | None = None,
     ) -> None:
         self.name = name
         self._programs = programs
+        self._users = users
         self._loaded = loaded
         self._graphing = graphing
         self._groups = groups
@@ -294,7 +297,9 @@ class CompiledGraph:
                 functions = {**loaded.functions, **gpu.functions} if gpu is not None else loaded.functions
                 communicator = settle(self.name, self._groups, loaded.facts.lines, self._options)
                 recorder = RECORDER if self._options.timeline else None
-                plain = Executable(loaded.host, self.name, functions, communicator, recorder, gpu, self._programs)
+                plain = Executable(
+                    loaded.host, self.name, functions, communicator, recorder, gpu, self._programs, self._users
+                )
                 if gpu is None and self._options.keep_memory and not allocator_is_tuned():
                     keep_freed_memory()
                 self._executable = self._graphed(plain, loaded.facts, gpu) or plain

@@ -17,6 +17,7 @@ from dcompile.runtime.comm import Communicator, Handle
 from dcompile.runtime.externs import check_number, check_result, leaves, resolve_op
 from dcompile.runtime.inputs import Layout as InputLayout
 from dcompile.runtime.inputs import conform, fits
+from dcompile.runtime.ownership import holders, only_here
 from dcompile.runtime.timeline import Clock, Recorder
 from dcompile.runtime.triton_kernels import GpuKernels
 
@@ -31,6 +32,7 @@ class Runtime:
         recorder: receives step times; None records nothing.
         gpu: the loaded GPU kernels, if the program has any; their functions are among ``functions``.
         programs: what the program calls besides kernels and ops: branches, loop bodies.
+        users: how many hold a tensor's storage (``capture.storage_users``); None: nobody knows, so no input is taken.
     """
 
     alias = staticmethod(alias)
@@ -47,9 +49,11 @@ class Runtime:
         recorder: Recorder | None = None,
         gpu: GpuKernels | None = None,
         programs: Mapping[str, Callable[..., Any]] | None = None,
+        users: Callable[[torch.Tensor], int] | None = None,
     ) -> None:
         self.name = name
         self._programs = programs or {}
+        self._users = users
         self._functions = functions
         self._communicator = communicator
         self._recorder = recorder
@@ -111,6 +115,16 @@ class Runtime:
         """A call with these sizes has passed every check."""
         self._seen.add(sizes)
 
+    def take(self, tensor: torch.Tensor, shape: Any, stride: Any, dtype: torch.dtype) -> torch.Tensor:
+        """Memory for a result: that of ``tensor``, an input that dies, if only the program holds it; else new memory.
+
+        While a CUDA graph is captured nobody knows who will hold the input when it is replayed.
+        """
+        capturing = tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+        if self._users is not None and not capturing and holders(tensor, self._users) == only_here(self._users):
+            return alias(tensor, 0, shape, stride, dtype)
+        return torch.empty_strided(shape, stride, dtype=dtype, device=tensor.device)
+
     leaves = staticmethod(leaves)
 
     def check_number(self, result: object, promised: object, call: str) -> None:
@@ -160,7 +174,7 @@ class Executable:
         source: text of the host program (``codegen.wrapper.print_host``).
         name: of the program; shown in messages and tracebacks.
         functions: functions of the kernels, by symbol.
-        communicator, gpu, programs: see ``Runtime``.
+        communicator, gpu, programs, users: see ``Runtime``.
         recorder: see ``Runtime``; needed iff the source was printed with a timeline.
     """
 
@@ -173,10 +187,11 @@ class Executable:
         recorder: Recorder | None = None,
         gpu: GpuKernels | None = None,
         programs: Mapping[str, Callable[..., Any]] | None = None,
+        users: Callable[[torch.Tensor], int] | None = None,
     ) -> None:
         self.source = source
         self.name = name
-        self.runtime = Runtime(name, functions, communicator, recorder, gpu, programs)
+        self.runtime = Runtime(name, functions, communicator, recorder, gpu, programs, users)
         filename = f"<dcompile {name} {id(self):x}>"
         linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
         self._filename = filename

@@ -2,8 +2,9 @@
 
 Values that share memory by definition (views, versions, in-place collectives) share a storage already
 (``analyse.alias``). Two decisions join further storages: a part of a ``Pack`` that is dead afterwards is computed in
-its final position, and a kernel's result may take the bytes of an operand that dies in it. What is left is placed in
-one block per device by ``offsets.assign_offsets``.
+its final position, and a kernel's result may take the bytes of an operand that dies in it. Is that operand an input of
+a backward graph, something saved for it, the program looks when it runs whether somebody else holds it. What is left is
+placed in one block per device by ``offsets.assign_offsets``.
 """
 
 from __future__ import annotations
@@ -27,6 +28,9 @@ from dcompile.schedule.offsets import Request, aligned, assign_offsets
 
 STAGE = "plan_memory"
 
+LEAST_DONATED_BYTES = 2**20
+"""Smaller inputs are not worth asking who holds them, which takes a microsecond."""
+
 
 @dataclass
 class _Block:
@@ -44,10 +48,12 @@ class _Block:
     group: str = ""
     host: tuple[str, Size] | None = None
     """The block it was joined to and its first byte in there."""
+    donor: str | None = None
+    """The input whose memory it may take."""
 
     def storage(self, offset: int | None = None) -> Storage:
         """As it stands in the plan."""
-        return Storage(self.name, self.home, self.nbytes, self.device, offset, self.group)
+        return Storage(self.name, self.home, self.nbytes, self.device, offset, self.group, self.donor)
 
 
 @dataclass
@@ -265,10 +271,14 @@ def _reuse_operands(planner: _Planner, position: int, kernel: Kernel) -> None:
             planner.say(out, f"own memory, not that of {operand}", reason)
             continue
         block, host = planner.blocks[out], planner.place(operand)[0]
-        block.host = (host.name, 0)
-        host.last = block.last
         taken.add(host.name)
         settled.add(out)
+        if host.home is Home.INPUT:
+            block.home, block.donor = Home.FRESH, host.name
+            planner.say(out, f"takes the memory of {operand} unless somebody holds it", "it was saved for this graph")
+            continue
+        block.host = (host.name, 0)
+        host.last = block.last
         planner.say(out, f"takes the memory of {operand}", f"{operand} dies in this kernel")
 
 
@@ -281,9 +291,10 @@ def _why_not_reused(
     block = planner.blocks.get(out)
     if block is None or block.host is not None:
         return f"{out} has its place already"
-    if host.home is Home.INPUT:
+    donated = host.home is Home.INPUT
+    if donated and not (_may_be_donated(planner, host) and block.home in (Home.ARENA, Home.FRESH)):
         return f"{operand} belongs to the caller"
-    if host.home is not block.home or host.home is Home.LIBRARY:
+    if not donated and (host.home is not block.home or host.home is Home.LIBRARY):
         return f"{operand} is {host.home.value} memory and {out} is {block.home.value} memory"
     if host.name in taken or host.last > position:
         return f"{operand} is still in use"
@@ -293,6 +304,12 @@ def _why_not_reused(
         return f"{operand}'s storage is not of the same size"
     others = {planner.place(name)[0].name for name in kernel.operands if name != operand}
     return "the kernel reads the same memory through another operand" if host.name in others else None
+
+
+def _may_be_donated(planner: _Planner, host: _Block) -> bool:
+    """Whether an input is probably nobody's but the program's: what a forward graph saves for its backward."""
+    large = isinstance(host.nbytes, int) and host.nbytes >= LEAST_DONATED_BYTES
+    return large and planner.graph.name.startswith("backward")
 
 
 def _arenas(planner: _Planner) -> tuple[dict[str, int], dict[str, int]]:
@@ -344,7 +361,7 @@ def _peak_bytes(planner: _Planner, arena_bytes: dict[str, int]) -> int:
     hints = planner.graph.size_hints
     change: dict[int, int] = {}
     for block in planner.blocks.values():
-        if block.host is None and block.home in (Home.FRESH, Home.LIBRARY):
+        if block.host is None and block.home in (Home.FRESH, Home.LIBRARY) and block.donor is None:
             nbytes = hint(block.nbytes, hints)
             change[block.first] = change.get(block.first, 0) + nbytes
             change[block.last + 1] = change.get(block.last + 1, 0) - nbytes
