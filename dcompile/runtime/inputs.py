@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ class Layout:
     written: bool = False
     library: bool = False
 
-    @property
+    @cached_property
     def misaligned(self) -> int:
         """Address bits that must be 0: an element is aligned to its own size, complex ones to their parts'."""
         return min(self.dtype.itemsize, WIDEST_SCALAR_BYTES) - 1

@@ -1,0 +1,88 @@
+"""Maximum and sum of exponentials of long rows: read once, and equal to the two passes for every special value."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from dcompile.analyse.context import Context
+from dcompile.analyse.cost import H200, CostModel
+from dcompile.collectives.text import parse_graph
+from dcompile.ir.graph import Graph
+from dcompile.ir.kernel import Kernel
+from dcompile.options import Options
+from dcompile.reference import run_reference
+from dcompile.schedule.fuse import fuse
+from dcompile.schedule.softmax import chunks_of
+from dcompile.schedule.stages import split_reductions
+
+ROWS, LONG = 7, 20480
+
+TEXT = """
+graph f(x: bf16[7, 20480]@cuda) {
+  m: f32[7, 1]@cuda = reduce max (i0: 7, i1: 1; r0: 20480) to_f32(x[i0, r0])
+  s: f32[7, 1]@cuda = reduce sum (i0: 7, i1: 1; r0: 20480) exp(to_f32(x[i0, r0]) - m[i0, 0])
+  l: f32[7, 1]@cuda = pointwise (i0: 7, i1: 1) log(s[i0, 0])
+  return %m, %l
+}"""
+
+
+def fused(text: str) -> tuple[Graph, Graph]:
+    """On a GPU of one multiprocessor, so that nothing else cuts rows."""
+    ctx = Context(Options(), CostModel({"cuda": replace(H200, multiprocessors=1)}, {}))
+    before = parse_graph(text).check()
+    return before, fuse(split_reductions(before, ctx), ctx).check()
+
+
+def readers(graph: Graph) -> int:
+    return sum(isinstance(node, Kernel) and "x" in node.operands for node in graph.nodes)
+
+
+def rows() -> torch.Tensor:
+    """Random, and rows with nothing but -inf, with -inf in whole chunks, with inf, with NaN."""
+    torch.manual_seed(0)
+    x = torch.randn(ROWS, LONG) * 4
+    x[1] = -math.inf
+    x[2, :10000] = -math.inf
+    x[3, 5] = math.inf
+    x[4, 9000] = math.nan
+    x[5] = 300.0
+    x[6, 1:] = -math.inf
+    return x.to(torch.bfloat16)
+
+
+def test_rows_are_read_once_and_the_results_are_those_of_two_passes() -> None:
+    before, after = fused(TEXT)
+    (kernel,) = (node for node in after.nodes if isinstance(node, Kernel) and "x" in node.operands)
+    assert {out.name for out in kernel.outs} == {"m_part", "s_part"}
+    assert len(after.nodes) == 2
+    wanted, found = (run_reference([graph], [[rows()]])[0] for graph in (before, after))
+    for a, b in zip(found, wanted, strict=True):
+        assert isinstance(a, torch.Tensor)
+        torch.testing.assert_close(a, b, rtol=2e-6, atol=2e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        TEXT.replace("@cuda", ""),
+        TEXT.replace("20480", "4096"),
+        TEXT.replace("- m[i0, 0]", "* m[i0, 0]"),
+        TEXT.replace("exp(to_f32(x[i0, r0])", "exp(2.0:f32 * to_f32(x[i0, r0])"),
+        TEXT.replace("20480", "20479"),
+    ],
+    ids=["cpu", "short", "no difference", "other elements", "prime length"],
+)
+def test_other_reductions_are_left_alone(text: str) -> None:
+    after = fused(text)[1]
+    assert not any(out.name == "s_part" for node in after.nodes for out in node.defs)
+
+
+def test_chunks_fill_their_blocks() -> None:
+    assert chunks_of(131072) == 32
+    assert chunks_of(50304) == 16
+    assert chunks_of(16384) is None
+    assert chunks_of(16411) is None
