@@ -77,15 +77,16 @@ def _pair(graph: Graph, node: Node) -> tuple[Reduction, Reduction, int] | None:
 
 
 def chunks_of(row: int) -> int | None:
-    """Into how many equal chunks a row is cut; None if it is not: short, or of no suitable length.
+    """Into how many chunks a row is cut; None if it is short.
 
-    The chunk that fills most lanes of a block, whose length is a power of two; of those that fill as many, the longest.
+    Equal chunks if there are such: those that fill most lanes of a block, whose length is a power of two; of those that
+    fill as many, the longest. Else as few as possible, the last of them ragged.
     """
     if row <= LONGEST_ROW:
         return None
     lengths = [n for n in range(SHORTEST_CHUNK, LONGEST_CHUNK + 1) if row % n == 0]
     best = max(lengths, key=lambda n: (n / 2 ** math.ceil(math.log2(n)), n), default=None)
-    return None if best is None else row // best
+    return -(-row // LONGEST_CHUNK) if best is None else row // best
 
 
 def _in_chunks(

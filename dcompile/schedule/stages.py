@@ -158,7 +158,7 @@ def _by_blocks(
     """Stage one reduces ``parts`` blocks, of the first reduced axis if that is long enough, else of all in a row.
 
     Args:
-        exact: ``parts`` divides all reduced axes together; it must divide the first one if that is used alone.
+        exact: the first axis is used alone only if ``parts`` divides it.
     """
     first, rest = node.raxes[0], node.raxes[1:]
     if isinstance(first[1], int) and first[1] >= parts and (first[1] % parts == 0 or not exact):

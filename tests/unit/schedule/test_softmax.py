@@ -54,12 +54,13 @@ def rows() -> torch.Tensor:
     return x.to(torch.bfloat16)
 
 
-def test_rows_are_read_once_and_the_results_are_those_of_two_passes() -> None:
-    before, after = fused(TEXT)
+@pytest.mark.parametrize("length", [LONG, LONG - 1])
+def test_rows_are_read_once_and_the_results_are_those_of_two_passes(length: int) -> None:
+    before, after = fused(TEXT.replace(str(LONG), str(length)))
     (kernel,) = (node for node in after.nodes if isinstance(node, Kernel) and "x" in node.operands)
     assert {out.name for out in kernel.outs} == {"m_part", "s_part"}
     assert len(after.nodes) == 2
-    wanted, found = (run_reference([graph], [[rows()]])[0] for graph in (before, after))
+    wanted, found = (run_reference([graph], [[rows()[:, :length].contiguous()]])[0] for graph in (before, after))
     for a, b in zip(found, wanted, strict=True):
         assert isinstance(a, torch.Tensor)
         torch.testing.assert_close(a, b, rtol=2e-6, atol=2e-6, equal_nan=True)
@@ -72,9 +73,8 @@ def test_rows_are_read_once_and_the_results_are_those_of_two_passes() -> None:
         TEXT.replace("20480", "4096"),
         TEXT.replace("- m[i0, 0]", "* m[i0, 0]"),
         TEXT.replace("exp(to_f32(x[i0, r0])", "exp(2.0:f32 * to_f32(x[i0, r0])"),
-        TEXT.replace("20480", "20479"),
     ],
-    ids=["cpu", "short", "no difference", "other elements", "prime length"],
+    ids=["cpu", "short", "no difference", "other elements"],
 )
 def test_other_reductions_are_left_alone(text: str) -> None:
     after = fused(text)[1]
@@ -85,4 +85,4 @@ def test_chunks_fill_their_blocks() -> None:
     assert chunks_of(131072) == 32
     assert chunks_of(50304) == 16
     assert chunks_of(16384) is None
-    assert chunks_of(16411) is None
+    assert chunks_of(30522) == 8
