@@ -12,7 +12,7 @@ from dcompile.capture.aot import (
     tensors_in,
 )
 from dcompile.capture.origins import source_of
-from dcompile.capture.storage import storage_users
+from dcompile.capture.storage import storage_users, tensor_users
 from dcompile.capture.under_ddp import (
     is_forward_of,
     is_whole_function,
@@ -37,5 +37,6 @@ __all__ = [
     "reset_graph_breaks",
     "source_of",
     "storage_users",
+    "tensor_users",
     "tensors_in",
 ]

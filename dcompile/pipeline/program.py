@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from dcompile.analyse.context import Context
-from dcompile.capture import storage_users
+from dcompile.capture import tensor_users
 from dcompile.codegen.calls import calls_json
 from dcompile.codegen.cpp import CppModule, print_cpp
 from dcompile.codegen.triton import print_triton
@@ -135,7 +135,7 @@ def _build(lowered: Lowered, name: str, options: Options, watch: Watch, graphing
 
     def compiled(loaded: Future[Loaded]) -> CompiledGraph:
         groups = lowered.group_names
-        return CompiledGraph(name, loaded, groups, complete, options, graphing, programs, storage_users)
+        return CompiledGraph(name, loaded, groups, complete, options, graphing, programs, tensor_users)
 
     if (found := _cached(cache, key)) is not None:
         count(found.facts, graphing, hits=1)

@@ -26,6 +26,7 @@ from dcompile.runtime.cuda_graphs import CudaGraphDevice, GraphedProgram
 from dcompile.runtime.kept_memory import keep_freed_memory
 from dcompile.runtime.last_words import end_with
 from dcompile.runtime.once import Building, Place
+from dcompile.runtime.ownership import Users
 from dcompile.runtime.program import Executable
 from dcompile.runtime.timeline import RECORDER
 from dcompile.runtime.toolchain import Arity, compile_shared, load_functions
@@ -257,7 +258,7 @@ class CompiledGraph:
         complete: appends to the inputs what the traced program leaves implicit (constants, sizes).
         graphing: replay it as CUDA graphs if it can be; None for the plain program.
         programs: the programs it calls.
-        users: how many hold a tensor's storage (``capture.storage_users``); None: nobody knows.
+        users: who holds a tensor (``capture.tensor_users``); None: nobody knows.
     """
 
     def __init__(
@@ -269,7 +270,7 @@ class CompiledGraph:
         options: Options,
         graphing: Graphing | None = None,
         programs: Mapping[str, Callable[..., Any]] | None = None,
-        users: Callable[[torch.Tensor], int] | None = None,
+        users: Users | None = None,
     ) -> None:
         self.name = name
         self._programs = programs

@@ -8,16 +8,16 @@ from functools import lru_cache
 
 import torch
 
-Users = Callable[[torch.Tensor], int]
-"""How many hold a tensor's storage."""
+Users = Callable[[torch.Tensor], tuple[int, int]]
+"""How many hold a tensor's storage, and the tensor, in C++ (``capture.tensor_users``)."""
 
 Holders = tuple[int, int, int, int]
-"""Of a tensor's storage, of the tensor in C++, and of the Python objects of both."""
+"""Of a tensor's storage and of the tensor in C++, and of their Python objects."""
 
 
 def holders(tensor: torch.Tensor, users: Users) -> Holders:
     """Who holds ``tensor``, this call included."""
-    return users(tensor), int(tensor._use_count()), sys.getrefcount(tensor), sys.getrefcount(tensor.untyped_storage())
+    return (*users(tensor), sys.getrefcount(tensor.untyped_storage()), sys.getrefcount(tensor))
 
 
 @lru_cache(maxsize=4)

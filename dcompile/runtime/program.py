@@ -17,7 +17,7 @@ from dcompile.runtime.comm import Communicator, Handle
 from dcompile.runtime.externs import check_number, check_result, leaves, resolve_op
 from dcompile.runtime.inputs import Layout as InputLayout
 from dcompile.runtime.inputs import conform, fits
-from dcompile.runtime.ownership import holders, only_here
+from dcompile.runtime.ownership import Users, holders, only_here
 from dcompile.runtime.timeline import Clock, Recorder
 from dcompile.runtime.triton_kernels import GpuKernels
 
@@ -32,7 +32,7 @@ class Runtime:
         recorder: receives step times; None records nothing.
         gpu: the loaded GPU kernels, if the program has any; their functions are among ``functions``.
         programs: what the program calls besides kernels and ops: branches, loop bodies.
-        users: how many hold a tensor's storage (``capture.storage_users``); None: nobody knows, so no input is taken.
+        users: who holds a tensor (``capture.tensor_users``); None: nobody knows, so no input is taken.
     """
 
     alias = staticmethod(alias)
@@ -49,7 +49,7 @@ class Runtime:
         recorder: Recorder | None = None,
         gpu: GpuKernels | None = None,
         programs: Mapping[str, Callable[..., Any]] | None = None,
-        users: Callable[[torch.Tensor], int] | None = None,
+        users: Users | None = None,
     ) -> None:
         self.name = name
         self._programs = programs or {}
@@ -187,7 +187,7 @@ class Executable:
         recorder: Recorder | None = None,
         gpu: GpuKernels | None = None,
         programs: Mapping[str, Callable[..., Any]] | None = None,
-        users: Callable[[torch.Tensor], int] | None = None,
+        users: Users | None = None,
     ) -> None:
         self.source = source
         self.name = name

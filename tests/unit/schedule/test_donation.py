@@ -11,6 +11,7 @@ import torch
 
 import dcompile
 from dcompile.analyse.verify import verify
+from dcompile.capture import tensor_users
 from dcompile.collectives.text import parse_graph
 from dcompile.errors import UnsafePlan
 from dcompile.ir.nodes import Ref
@@ -80,15 +81,9 @@ def test_the_verifier_refuses_an_input_that_is_still_needed(spoil: Callable[[Pla
         verify(spoil(plan))
 
 
-def users(tensor: torch.Tensor) -> int:
-    from dcompile.capture import storage_users
-
-    return storage_users(tensor)
-
-
 class _Seen:
     def take(self, tensor: torch.Tensor) -> bool:
-        return holders(tensor, users) == only_here(users)
+        return holders(tensor, tensor_users) == only_here(tensor_users)
 
 
 def test_every_way_to_hold_a_tensor_is_seen() -> None:
