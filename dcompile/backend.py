@@ -107,7 +107,7 @@ def compile(function: F, *, dynamic: bool | None = None, fullgraph: bool = False
     """
     chosen = Options.from_env(options)
     if isinstance(function, torch.nn.Module) and is_fully_sharded(function):
-        function = fully_sharded(function)  # type: ignore[assignment]
+        function = fully_sharded(function, peak_memory_bytes=chosen.peak_memory_bytes)  # type: ignore[assignment]
     return torch.compile(function, dynamic=dynamic, fullgraph=fullgraph, backend=backend(chosen))  # type: ignore[return-value]
 
 

@@ -14,6 +14,7 @@ import torch
 from dcompile.backend import backend
 from dcompile.capture import every_recompile, graph_breaks, tensors_in
 from dcompile.communication import CollectiveRow, collective_rows, table, trace_events
+from dcompile.ir.graph import given_bytes
 from dcompile.ir.nodes import Extern
 from dcompile.options import Options, process_rank
 from dcompile.pipeline import Built
@@ -75,6 +76,16 @@ class GraphExplanation:
         return describe_verdicts(self.plan.verdicts) if self.plan else ""
 
     @property
+    def given_bytes(self) -> int:
+        """Bytes of the tensors the program is called with; 0 if it runs op by op."""
+        return given_bytes(self.plan.graph) if self.plan else 0
+
+    @property
+    def peak_bytes(self) -> int:
+        """Predicted: most bytes in use while the program runs, what it is called with included."""
+        return self.given_bytes + (self.plan.peak_bytes if self.plan else 0)
+
+    @property
     def _externs(self) -> list[Extern]:
         return [n for n in self.plan.graph.nodes if isinstance(n, Extern)] if self.plan else []
 
@@ -90,7 +101,7 @@ class GraphExplanation:
             f"stages: {stages}",
             describe_schedule(plan),
             *filter(None, [table(self.collectives)]),
-            describe_memory(plan).splitlines()[0],
+            f"{describe_memory(plan).splitlines()[0]}; {self.given_bytes:,} bytes are given",
             "library calls: " + _counted(self.library_calls),
             "fallbacks: " + _counted(self.fallbacks),
             "kernels:",
@@ -117,11 +128,18 @@ class Explanation:
     result: Any
 
     @property
+    def peak_bytes(self) -> int:
+        """Predicted: most bytes in use during a step. Working memory of all programs stays from call to call."""
+        arenas = [sum(graph.plan.arena_bytes.values()) if graph.plan else 0 for graph in self.graphs]
+        return max((g.peak_bytes + sum(arenas) - own for g, own in zip(self.graphs, arenas, strict=True)), default=0)
+
+    @property
     def fallbacks(self) -> Counter[str]:
         return sum((graph.fallbacks for graph in self.graphs), Counter())
 
     def __str__(self) -> str:
         head = f"{len(self.graphs)} graphs, {self.graph_breaks} graph breaks, fallbacks: {_counted(self.fallbacks)}"
+        head += f"; predicted peak {self.peak_bytes:,} bytes"
         return "\n\n".join([head, *map(str, self.graphs)])
 
 

@@ -173,8 +173,11 @@ def _is_forward_method(value: Any) -> bool:
     return code is not None and code.co_name == "wrapped_method" and "_fully_shard" in code.co_filename
 
 
-def sharding_of(name: str, managed: Any, group: Any) -> Sharding:
+def sharding_of(name: str, managed: Any, group: Any, peak_memory_bytes: int | None) -> Sharding:
     """How parameter ``name`` is stored.
+
+    Args:
+        peak_memory_bytes: as in ``Options``.
 
     Raises:
         DCompileError: it is sharded in a way the program does not see through, or this rank has no part of it.
@@ -205,6 +208,7 @@ def sharding_of(name: str, managed: Any, group: Any) -> Sharding:
         param_dtype=param_dtype,
         reduce_dtype=policy.reduce_dtype or param_dtype,
         divisor="" if group.gradient_divide_factor is None else repr(float(group.gradient_divide_factor)),
+        budget="" if peak_memory_bytes is None else str(peak_memory_bytes),
         padded_shape=None if rows % world == 0 else tuple(managed.padded_sharded_param_size),
         inner=None if inner is None else (inner.mesh, inner.placements, inner.shape, inner.stride),
     )

@@ -32,6 +32,9 @@ class Options:
         cache_dir: folder of compiled artifacts; None compiles into a private temporary folder.
         bucket_bytes: largest gradient bucket one all-reduce carries, in bytes; None lets the cost model choose.
         in_flight_bytes: most bytes of collectives in flight at once.
+        peak_memory_bytes: most bytes a program may use, what it is given (parameters, saved values) included; of a
+            training step that is everything but the optimizer's state. Buckets, how far gathers run ahead and which
+            sharded parameters stay gathered for the backward pass follow it. None: about what program order needs.
         deadline_s: longest wait on another rank, in seconds.
         flight_dir: folder that receives each rank's flight recorder when a collective does not end; None for none.
         topology: TOML file with the prices that decisions are taken by (``analyse.topology``); None for built-in ones.
@@ -58,6 +61,7 @@ class Options:
     cache_dir: Path | None = None
     bucket_bytes: int | None = None
     in_flight_bytes: int = 256 * 2**20
+    peak_memory_bytes: int | None = None
     deadline_s: float = 300.0
     flight_dir: Path | None = None
     topology: Path | None = None
@@ -77,9 +81,9 @@ class Options:
         """Raises ``DCompileError`` naming the option and the value it cannot have."""
         if unknown := self.show - SHOWABLE:
             raise DCompileError(f"cannot show {', '.join(sorted(unknown))}; choose from {', '.join(sorted(SHOWABLE))}")
-        for name, least in (("bucket_bytes", 1), ("in_flight_bytes", 1), ("deadline_s", 0)):
+        for name, least in (("bucket_bytes", 1), ("in_flight_bytes", 1), ("peak_memory_bytes", 1), ("deadline_s", 0)):
             value = getattr(self, name)
-            if value is None and name == "bucket_bytes":
+            if value is None and name in ("bucket_bytes", "peak_memory_bytes"):
                 continue
             if not isinstance(value, int | float) or isinstance(value, bool) or value < least or value != value:
                 raise DCompileError(f"option {name}={value!r} must be a number of at least {least}")
@@ -110,7 +114,14 @@ class Options:
     def affects_code(self) -> tuple[object, ...]:
         """The part of the options that changes generated programs; part of every cache key."""
         flags = (self.assert_layouts, self.freeze, self.autotune)
-        return (sorted(self.eager_ops), sorted(self.skip), self.bucket_bytes, self.in_flight_bytes, *flags)
+        return (
+            sorted(self.eager_ops),
+            sorted(self.skip),
+            self.bucket_bytes,
+            self.in_flight_bytes,
+            self.peak_memory_bytes,
+            *flags,
+        )
 
 
 def _typed(name: str, value: Any) -> Any:
@@ -128,7 +139,7 @@ def _parse(name: str, text: str, variable: str) -> Any:
             return frozenset(part.strip() for part in text.split(",") if part.strip())
         if name in ("dump_dir", "flight_dir", "progress_dir", "topology"):
             return Path(text)
-        if name in ("bucket_bytes", "in_flight_bytes"):
+        if name in ("bucket_bytes", "in_flight_bytes", "peak_memory_bytes"):
             return int(text)
         if name == "deadline_s":
             return float(text)

@@ -54,8 +54,9 @@ class FullySharded(Wrapper):
     soon as it is complete.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, peak_memory_bytes: int | None = None) -> None:
         super().__init__(module)
+        self._peak_memory_bytes = peak_memory_bytes
         self._units = units_of(module)
         self._managed = {name: managed for unit in self._units for name, managed in unit.managed.items()}
         self._shardings: dict[str, Sharding] = {}
@@ -67,7 +68,7 @@ class FullySharded(Wrapper):
         self._frozen = [name for name, managed in self._managed.items() if not managed.sharded_param.requires_grad]
         for unit in self._units:
             for name, managed in unit.managed.items():
-                self._shardings[name] = sharding_of(name, managed, unit.group)
+                self._shardings[name] = sharding_of(name, managed, unit.group, self._peak_memory_bytes)
                 self._positions[name] = piece_position(unit.group, managed.sharded_param.device)
                 self._point_to(name)
                 managed.reset_sharded_param = partial(self._reset, name, managed.reset_sharded_param)
@@ -151,7 +152,7 @@ class FullySharded(Wrapper):
             if unit.group.reduce_scatter_unused_params:
                 watch_entry(unit)
             for name, managed in unit.managed.items():
-                self._shardings[name] = sharding_of(name, managed, unit.group)
+                self._shardings[name] = sharding_of(name, managed, unit.group, self._peak_memory_bytes)
 
     def _hand_on(self, name: str, shard: torch.Tensor) -> None:
         """Add a complete gradient of a shard to the parameter's own."""
@@ -176,7 +177,7 @@ class FullySharded(Wrapper):
                 )
 
 
-def fully_sharded(module: nn.Module) -> FullySharded:
+def fully_sharded(module: nn.Module, *, peak_memory_bytes: int | None = None) -> FullySharded:
     """A module that computes what a ``fully_shard``-ed ``module`` computes, with all communication in the graph.
 
     Compiled with ``torch.compile`` it gives one forward and one backward graph. A parameter's all-gather stands before
@@ -192,6 +193,9 @@ def fully_sharded(module: nn.Module) -> FullySharded:
 
     Args:
         module: ``fully_shard`` was applied to it, to some of its children, or both.
+        peak_memory_bytes: as the option of that name, which ``dcompile.compile`` hands on: as many parameters stay
+            gathered between forward and backward pass as fit, whatever ``reshard_after_forward`` says. None: as that
+            says.
 
     Raises:
         DCompileError: nothing in ``module`` is fully sharded, or it uses a feature that would be skipped: offloading to
@@ -199,7 +203,7 @@ def fully_sharded(module: nn.Module) -> FullySharded:
             forward methods registered with FSDP2, a placement that is neither ``Shard`` nor ``Replicate``; or this rank
             is not in its mesh. Methods in ``fsdp.REFUSED`` raise it from here on.
     """
-    return FullySharded(module)
+    return FullySharded(module, peak_memory_bytes)
 
 
 def is_fully_sharded(module: nn.Module) -> bool:

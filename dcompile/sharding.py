@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.fx.traceback import annotate
 
-from dcompile.capture.regather import AGAIN, GATHER, KEEP, PIECE
+from dcompile.capture.regather import AGAIN, BUDGET, GATHER, KEEP, PIECE
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class Sharding:
         reduce_dtype: what gradients are reduced in.
         divisor: gradients are summed over all ranks and divided by it; as text, because a number that changes would be
             traced as an unknown one; "": by the number of ranks.
+        budget: bytes that a step may use, as text; "" for no bound.
         padded_shape: of every rank's shard with padding, where the ranks' shards differ in size; else None.
         inner: mesh, placements, shape and stride of the gathered parameter if it is itself a DTensor (tensor parallel).
     """
@@ -46,6 +47,7 @@ class Sharding:
     param_dtype: torch.dtype
     reduce_dtype: torch.dtype
     divisor: str
+    budget: str
     padded_shape: tuple[int, ...] | None
     inner: tuple[Any, Any, Any, Any] | None
 
@@ -160,7 +162,8 @@ def gather(padded: torch.Tensor, position: torch.Tensor, sharding: Sharding, mod
     source = padded.to(sharding.param_dtype).contiguous()
     if sharding.world == 1:
         return source.view_as(source)
-    with annotate({GATHER: KEEP if mode == KEEP else AGAIN}):
+    mark = {GATHER: KEEP if mode == KEEP else AGAIN}
+    with annotate({**mark, BUDGET: sharding.budget} if sharding.budget else mark):
         stacked: torch.Tensor = ops.wait_tensor(ops.all_gather_into_tensor(source, sharding.world, sharding.group))
     if mode == PIECE:
         stacked = torch.ops.dcompile.keep_piece(stacked, position, sharding.pieces, sharding.piece_group)

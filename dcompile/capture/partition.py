@@ -15,7 +15,7 @@ from torch._ops import OpOverload
 from dcompile.capture.channels_last import restore_gradients
 from dcompile.capture.comm import acts, collectives_have_effects, communication, eliminate_dead_code
 from dcompile.capture.cse import merge_equal
-from dcompile.capture.fewer_collectives import add_before_reducing, gather_once
+from dcompile.capture.fewer_collectives import add_before_reducing, gather_once, move_blocks
 from dcompile.capture.origins import mark_sources
 from dcompile.capture.outputs import edit_outputs, outputs_of
 from dcompile.capture.regather import gather_again
@@ -37,7 +37,9 @@ def partition(
     """
     mark_sources(joint)
     merge_equal(joint)
-    gather_once(joint)
+    if gather_once(joint):
+        move_blocks(joint)
+        merge_equal(joint)
     add_before_reducing(joint)
     _save_random_values(joint)
     restore_gradients(joint, num_fwd_outputs)

@@ -20,6 +20,7 @@ from torch import fx
 from torch._ops import OpOverload
 
 from dcompile.capture.comm import communication
+from dcompile.capture.keeping import kept_within
 from dcompile.capture.origins import SOURCE
 from dcompile.capture.outputs import edit_output, edit_outputs, outputs_of
 
@@ -30,6 +31,9 @@ GATHER = "dcompile_gather"
 KEEP, AGAIN, PIECE = "keep", "again", "piece"
 """Whether the gathered parameter is kept for the backward pass, gathered again there, or kept in pieces and gathered
 from these. As a value of the annotation the last one is ``AGAIN`` too: the op ``keep_piece`` behind it says how."""
+
+BUDGET = "dcompile_peak_memory_bytes"
+"""Key of the annotation that says how many bytes a step may use, as text; then what is kept follows that instead."""
 
 _LIBRARY: Any = cast(Any, torch.library.Library)("dcompile", "FRAGMENT")
 _LIBRARY.define("keep_piece(Tensor stacked, Tensor position, int pieces, str group) -> Tensor")
@@ -81,10 +85,11 @@ def gather_again(fwd: fx.GraphModule, bwd: fx.GraphModule, num_fwd_outputs: int)
     inputs = {node.name: node for node in bwd.graph.nodes if node.op == "placeholder"}
     clones: dict[fx.Node, fx.Node] = {}
     pieces: dict[fx.Node, fx.Node] = {}
+    again = _gathered_again(fwd, bwd, chain, outputs_of(fwd)[num_fwd_outputs:])
     front = next(node for node in bwd.graph.nodes if node.op != "placeholder")
     replaced = 0
     for saved in dict.fromkeys(outputs_of(fwd)[num_fwd_outputs:]):
-        if saved not in chain or not _all_marked(saved, chain, AGAIN) or saved.name not in inputs:
+        if saved not in again or saved.name not in inputs:
             continue
         received = inputs.pop(saved.name)
         place = outputs_of(fwd).index(saved, num_fwd_outputs)
@@ -199,6 +204,19 @@ def _mark(node: fx.Node) -> str | None:
     custom: Any = node.meta.get("custom")
     value = custom.get(GATHER) if isinstance(custom, dict) else None
     return str(value) if value is not None and communication(node).startswith("all_gather") else None
+
+
+def _gathered_again(
+    fwd: fx.GraphModule, bwd: fx.GraphModule, chain: dict[fx.Node, None], saved: list[Any]
+) -> set[fx.Node]:
+    """Those of ``saved`` that come from gathers and are not kept: as they are marked, or as the budget says."""
+    wanted = {node for node in saved if node in chain and _all_marked(node, chain, AGAIN)}
+    budgets = {node.meta["custom"].get(BUDGET) for node in chain if _mark(node)} - {None}
+    if not budgets:
+        return wanted
+    gathered = wanted | {node for node in saved if node in chain and _all_marked(node, chain, KEEP)}
+    in_order = [node for node in fwd.graph.nodes if node in gathered]
+    return gathered - kept_within(min(map(int, budgets)), fwd, bwd, in_order)
 
 
 def _all_marked(node: fx.Node, chain: dict[fx.Node, None], mark: str) -> bool:

@@ -126,3 +126,9 @@ def hint(size: Size, hints: dict[sympy.Symbol, int]) -> int:
     if isinstance(size, int):
         return size
     return int(size.xreplace({s: sympy.Integer(v) for s, v in hints.items()}))
+
+
+def given_bytes(graph: Graph) -> int:
+    """Bytes of the tensors that ``graph`` is called with, at the size hints."""
+    values = [item for item in graph.inputs if isinstance(item, Value)]
+    return sum(hint(value.nbytes, graph.size_hints) for value in values)

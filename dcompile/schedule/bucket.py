@@ -8,6 +8,7 @@ as a whole, so none holds more than ``Options.in_flight_bytes`` from launch to w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from heapq import nsmallest
@@ -21,7 +22,7 @@ from dcompile.ir.graph import Graph
 from dcompile.ir.nodes import View
 from dcompile.schedule.links import carried_bytes
 from dcompile.schedule.list_schedule import list_schedule
-from dcompile.schedule.live import footing, peak_bytes
+from dcompile.schedule.live import footing, peak_bytes, room_bytes
 from dcompile.schedule.merge import Bucket, Member, depended_on, merge, true_predecessors
 from dcompile.schedule.overlap import GAIN, PEAK_FACTOR, POLICIES
 from dcompile.schedule.prefetch import prefetch
@@ -42,7 +43,7 @@ def bucket_collectives(graph: Graph, ctx: Context) -> Graph:
 
     Leaves a verdict for every size tried and for every collective that cannot be merged.
     """
-    graph = prefetch(graph, ctx.costs, ctx.prices)
+    graph = _ahead(graph, ctx)
     before = true_predecessors(graph)
     members = _members(graph, before, ctx)
     if len(members) < 2:
@@ -51,8 +52,15 @@ def bucket_collectives(graph: Graph, ctx: Context) -> Graph:
         merged, refused = merge(graph, before, _fill(members, ctx.options.bucket_bytes))
         _report_refused(graph, refused, ctx)
         ctx.verdict(STAGE, graph.name, f"buckets of {ctx.options.bucket_bytes} bytes", "set by bucket_bytes")
-        return prefetch(merged, ctx.costs, ctx.prices)
+        return _ahead(merged, ctx)
     return _cheapest(graph, before, members, ctx)
+
+
+def _ahead(graph: Graph, ctx: Context) -> Graph:
+    """``graph`` with its gathers where they are due, if there is room for them."""
+    moved, room = prefetch(graph, ctx.costs, ctx.prices), room_bytes(graph, ctx.options.peak_memory_bytes)
+    order = range(len(graph.nodes))
+    return graph if room is not None and peak_bytes(footing(moved), order) > room else moved
 
 
 def _cheapest(graph: Graph, before: Sequence[tuple[int, ...]], members: list[Member], ctx: Context) -> Graph:
@@ -61,7 +69,7 @@ def _cheapest(graph: Graph, before: Sequence[tuple[int, ...]], members: list[Mem
     refusals: list[Bucket] = []
     for limit, buckets in _promising(graph, members, ctx):
         merged, refused = merge(graph, before, buckets)
-        merged = prefetch(merged, ctx.costs, ctx.prices)
+        merged = _ahead(merged, ctx)
         makespan_us = scheduled_us(merged, ctx)
         tried.append((f"buckets of {limit} bytes", makespan_us))
         if makespan_us < (1 - GAIN) * best_us:
@@ -69,7 +77,10 @@ def _cheapest(graph: Graph, before: Sequence[tuple[int, ...]], members: list[Mem
     _report_refused(graph, refusals, ctx)
     for size, makespan_us in tried:
         decision = "taken" if size == best_size else "not taken"
-        ctx.verdict(STAGE, f"{graph.name}: {size}", decision, f"predicted {makespan_us:.0f} us, best {best_us:.0f} us")
+        reason = f"predicted {makespan_us:.0f} us, best {best_us:.0f} us"
+        if makespan_us == math.inf:
+            reason = f"more than peak_memory_bytes={ctx.options.peak_memory_bytes}"
+        ctx.verdict(STAGE, f"{graph.name}: {size}", decision, reason)
     return best
 
 
@@ -125,14 +136,16 @@ def _sizes(members: Sequence[Member]) -> Iterator[int]:
 
 
 def scheduled_us(graph: Graph, ctx: Context) -> float:
-    """Predicted time of ``graph`` under the first policy of the overlap pass."""
+    """Predicted time of ``graph`` under the first policy of the overlap pass; infinite if it needs too much memory."""
     problem = prepare(graph, ctx.costs, ctx.prices)
     ground = footing(graph)
     order = range(len(graph.nodes))
     budget = int(PEAK_FACTOR * peak_bytes(ground, order))
     priority, patient = next(iter(POLICIES.values()))
     best = list_schedule(problem, priority(tails(problem)), ground, ctx.options.in_flight_bytes, budget, patient)
-    return min(simulate(problem, best).makespan, simulate(problem, order).makespan)
+    room = room_bytes(graph, ctx.options.peak_memory_bytes)
+    fitting = [found for found in (best, order) if room is None or peak_bytes(ground, found) <= room]
+    return min((simulate(problem, found).makespan for found in fitting), default=math.inf)
 
 
 def _fill(members: Sequence[Member], limit_bytes: int, held_bytes: int | None = None) -> list[Bucket]:

@@ -75,6 +75,9 @@ class _Edit:
             self.instead[site.moved] = []
         together = self._together(whole, factors, start.origin, start.group.size if site.moved is None else 1)
         first = self._first_reader(site, whole)
+        if site.moved is not None and len(self.graph.users[gathered.name]) > 1:
+            first = site.wait
+            together += self._together(gathered, arrived, start.origin, start.group.size)
         if first == site.products[0]:
             self._multiply(site, first, factors, lands, together)
         else:
@@ -84,28 +87,34 @@ class _Edit:
                 self._multiply(site, at, factors, [[] for _ in lands], [])
 
     def scatter(self, site: Site) -> None:
-        """Every part of the product is reduced while the next is computed."""
-        start, count, at = self._start(site), self.parts, site.products[0]
-        product, result = self._product(at), start.pending.results[0]
-        out, source = self._out(product), self.graph.value(start.sources[0])
-        ranks = start.group.size
-        made: list[Node] = []
-        parts: list[Value] = []
-        reduced: list[Value] = []
+        """Every part of the last product is reduced while the next is computed."""
+        start, last = self._start(site), site.products[-1]
+        source, result = self.graph.value(start.sources[0]), start.pending.results[0]
+        made: dict[int, list[list[Node]]] = {at: self._parts(site, at) for at in site.products}
+        outs = {at: [self._out(part[-1]) for part in made[at]] for at in site.products}
+        reduced = [_cut(result, n, self.parts, "reduced") for n in range(self.parts)]
         launches: list[Start] = []
-        for n in range(count):
-            factor = self._block(product, n, ranks if site.steps is None else 1)
-            call = self._part(product, n, factor.out, site.steps is not None)
-            parts.append(self._out(call[-1]))
-            sent = self._sent(site, n, source, parts[-1], start)
-            reduced.append(_cut(result, n, count, "reduced"))
-            launches.append(_launch(start, sent.out.name, reduced[-1]))
-            made += [factor, *call, sent, launches[-1]]
-        others = self._together(out, parts, product.origin, ranks if site.steps is None else 1)
-        self.instead[at] = [*made, *others]
+        for n in range(self.parts):
+            sent = self._sent(site, n, source, [outs[at][n] for at in site.products], start)
+            launches.append(_launch(start, sent.out.name, reduced[n]))
+            made[last][n] += [sent, launches[-1]]
+        ranks = start.group.size if site.steps is None else 1
+        for at in site.products:
+            product = self._product(at)
+            together = self._together(self._out(product), outs[at], product.origin, ranks)
+            self.instead[at] = [*(node for part in made[at] for node in part), *together]
         self.instead[site.start] = []
         whole = self._together(result, reduced, start.origin, 1)
         self.instead[site.wait] = [*(_landing(launch, start) for launch in launches), *whole]
+
+    def _parts(self, site: Site, at: int) -> list[list[Node]]:
+        """The parts of a product that is reduced, each with what it needs in front."""
+        product, blocks = self._product(at), site.steps is not None
+        made: list[list[Node]] = []
+        for n in range(self.parts):
+            factor = self._block(product, n, 1 if blocks else self._start(site).group.size)
+            made.append([factor, *self._part(product, n, factor.out, blocks)])
+        return made
 
     def _start(self, site: Site) -> Start:
         start = self.graph.nodes[site.start]
@@ -207,20 +216,30 @@ class _Edit:
         )
         return Pointwise(out=out, axes=axes, expr=ex.load(factor.name, index, factor.dtype), origin=product.origin)
 
-    def _sent(self, site: Site, n: int, source: Value, product: Value, start: Start) -> View | Pointwise:
-        """What part ``n`` of the reduction sends."""
+    def _sent(self, site: Site, n: int, source: Value, parts: list[Value], start: Start) -> View | Pointwise:
+        """What part ``n`` of the reduction sends. ``parts``: of the products, in the order of ``site.products``."""
         name = f"{start.pending.name}_sent{n}"
         shape = (source.shape[0] // self.parts, *source.shape[1:])
-        if site.steps is None:
-            return _seen_as(product, name, shape, start)
+        if site.steps is None and site.combined is None:
+            return _seen_as(parts[0], name, shape, start)
         out = Value(name, source.dtype, shape, contiguous_stride(shape), source.device)
         axes = _axes(shape)
+        ranges = dict(axes)
         per = int(shape[0]) // start.group.size
         row = axes[0][0]
         place = {WHO: FloorDiv(row, sympy.Integer(per)), ROW: Mod(row, sympy.Integer(per))}
-        flat = simplify(site.steps.xreplace(place), dict(axes))
-        index = tuple(simplify(at, dict(axes)) for at in unflatten(flat, product.shape))
-        return Pointwise(out=out, axes=axes, expr=ex.load(product.name, index, product.dtype), origin=start.origin)
+        if site.steps is None:
+            index = _elsewhere(_variables(axes), shape, tuple(parts[0].shape), ranges)
+        else:
+            flat = simplify(site.steps.xreplace(place), ranges)
+            index = tuple(simplify(at, ranges) for at in unflatten(flat, parts[0].shape))
+        names = {self._out(self._product(at)).name: part for at, part in zip(site.products, parts, strict=True)}
+
+        def element(item: ex.Expr) -> ex.Expr | None:
+            return ex.load(names[item.buffer].name, index, item.dtype) if isinstance(item, ex.Load) else None
+
+        whole = site.combined or ex.load(next(iter(names)), (), parts[0].dtype)
+        return Pointwise(out=out, axes=axes, expr=ex.transform(whole, element), origin=start.origin)
 
     def _together(self, whole: Value, parts: list[Value], origin: Origin, ranks: int) -> list[Node]:
         """``whole`` from its parts, which lie side by side in it, or hold a block of each rank's rows each."""

@@ -9,7 +9,7 @@ from dcompile.analyse.alias import storage_roots
 from dcompile.analyse.dependence import touched_by_node
 from dcompile.analyse.remember import once_a_graph
 from dcompile.collectives.nodes import Start
-from dcompile.ir.graph import Graph, hint
+from dcompile.ir.graph import Graph, given_bytes, hint
 from dcompile.ir.index import as_size
 
 
@@ -47,6 +47,11 @@ def footing(graph: Graph) -> Footing:
         users[number[root]] += 1
     nbytes = tuple(hint(as_size(graph.value(root).nbytes), graph.size_hints) for root in owned)
     return Footing(tuple(touched), nbytes, tuple(users))
+
+
+def room_bytes(graph: Graph, peak_memory_bytes: int | None) -> int | None:
+    """What a peak of ``peak_memory_bytes`` leaves for a program beside what it is given; None without a bound."""
+    return None if peak_memory_bytes is None else max(peak_memory_bytes - given_bytes(graph), 0)
 
 
 class LiveBytes:

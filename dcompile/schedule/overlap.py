@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 from dcompile.analyse.context import Context
 from dcompile.collectives.nodes import Start
-from dcompile.ir.graph import Graph
+from dcompile.ir.graph import Graph, given_bytes
 from dcompile.schedule.list_schedule import Priority, list_schedule
-from dcompile.schedule.live import footing, peak_bytes
+from dcompile.schedule.live import footing, peak_bytes, room_bytes
 from dcompile.schedule.order import reorder
 from dcompile.schedule.predict import predict
 from dcompile.schedule.simulate import Problem, Tails, lower_bound, prepare, simulate, tails
@@ -75,7 +75,9 @@ def overlap(graph: Graph, ctx: Context) -> Graph:
     problem = prepare(graph, ctx.costs, ctx.prices)
     program = program_order(problem)
     bound_us = lower_bound(problem)
-    best = best_schedule(problem, program, bound_us, ctx.options.in_flight_bytes)
+    room = room_bytes(graph, ctx.options.peak_memory_bytes)
+    best = best_schedule(problem, program, bound_us, ctx.options.in_flight_bytes, room)
+    _report_memory(graph, best, room, ctx)
     times = f"predicted {best.makespan_us:.0f} us, program order {program.makespan_us:.0f} us"
     times += f", lower bound {bound_us:.0f} us"
     if best is program:
@@ -86,6 +88,14 @@ def overlap(graph: Graph, ctx: Context) -> Graph:
     memory = f"peak {best.peak_bytes} bytes, in program order {program.peak_bytes}"
     ctx.verdict(STAGE, graph.name, f"reordered: {best.policy}", f"{times}; {memory}")
     return reorder(graph, best.order)
+
+
+def _report_memory(graph: Graph, best: Candidate, room: int | None, ctx: Context) -> None:
+    if room is None:
+        return
+    subject = f"{graph.name}: peak_memory_bytes={ctx.options.peak_memory_bytes}"
+    reason = f"{best.peak_bytes} bytes beside {given_bytes(graph)} that it is given"
+    ctx.verdict(STAGE, subject, "kept" if best.peak_bytes <= room else "not kept: program order needs more", reason)
 
 
 def program_order(problem: Problem) -> Candidate:
@@ -99,16 +109,25 @@ def _candidate(problem: Problem, policy: str, order: tuple[int, ...], peak: int)
     return Candidate(policy, order, run.makespan, sum(run.exposed.values()), peak)
 
 
-def best_schedule(problem: Problem, program: Candidate, bound_us: float, cap_bytes: int) -> Candidate:
-    """The best of all policies; ``program`` itself if nothing within the memory budget is predicted faster."""
+def best_schedule(
+    problem: Problem, program: Candidate, bound_us: float, cap_bytes: int, room: int | None = None
+) -> Candidate:
+    """The best of all policies; ``program`` itself if nothing within the memory budget is predicted faster.
+
+    Args:
+        room: no schedule may use more, whatever the budget; None for no bound.
+    """
     found = tails(problem)
     ground = footing(problem.graph)
     budget = int(PEAK_FACTOR * program.peak_bytes)
+    if room is not None:
+        budget, cap_bytes = min(budget, room), max(min(cap_bytes, room - program.peak_bytes), 0)
+    most = min(budget + cap_bytes, room if room is not None else budget + cap_bytes)
     best = program
     for policy, (priority, patient) in POLICIES.items():
         order = list_schedule(problem, priority(found), ground, cap_bytes, budget, patient)
         candidate = _candidate(problem, policy, order, peak_bytes(ground, order))
-        if candidate.peak_bytes <= budget + cap_bytes and _better(candidate, best):
+        if candidate.peak_bytes <= most and _better(candidate, best):
             best = candidate
         if best.makespan_us <= CLOSE * bound_us:
             break

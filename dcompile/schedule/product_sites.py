@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import sympy
 
@@ -27,8 +27,10 @@ class Site:
         products: positions of the products, in program order.
         moved: position of the copy between the gather and its products, or between the product and its reduction; None
             if there is none.
-        steps: for a reduction, the position in the product (flat) that each element of the source comes from, over
+        steps: for a reduction, the position in each product (flat) that an element of the source comes from, over
             ``WHO``, ``ROW`` and the further dimensions of the source (``i1``, ...); None if it is the same one.
+        combined: for a reduction of several products, the element of the source; loads stand for the products' elements
+            and have no position.
     """
 
     start: int
@@ -36,6 +38,7 @@ class Site:
     products: tuple[int, ...]
     moved: int | None = None
     steps: sympy.Expr | None = None
+    combined: ex.Expr | None = None
 
 
 WHO, ROW = symbol("who"), symbol("row")
@@ -126,35 +129,65 @@ def _reshapes(view: View, base: Value) -> bool:
         return False
     variables = tuple(var for var, _ in view.axes)
     there, here = flatten_index(view.index, base.stride), flatten_index(variables, view.out.stride)
-    return bool(simplify(there - here, dict(view.axes)) == 0)
+    return bool(simplify(_quotients_inside(there - here), dict(view.axes)) == 0)
 
 
 def _scattered(graph: Graph, position: int, wait: int) -> Site | None:
-    """A reduction of a product, as it is or after copies and views that move rows."""
+    """A reduction of a product or of one loop over several, as they are or after copies and views that move rows."""
     start = graph.nodes[position]
     assert isinstance(start, Start)
     source, rows = graph.value(start.sources[0]), int(start.pending.results[0].shape[0])
     if start.reduction not in ("sum", "avg"):
         return None
     rest = tuple(symbol(f"i{n}") for n in range(1, len(source.shape)))
-    index: tuple[sympy.Expr, ...] = (WHO * rows + ROW, *rest)
     ranges: Ranges = {WHO: start.group.size, ROW: rows, **dict(zip(rest, source.shape[1:], strict=True))}
-    name = source.name
+    name, index = _moved_from(graph, source.name, (WHO * rows + ROW, *rest), ranges)
+    reached = {name: index}
+    combined: ex.Expr | None = None
+    node = graph.nodes[graph.producer[name]] if name in graph.producer else None
+    if isinstance(node, Pointwise):
+        loads = ex.loads(node.expr)
+        if node.out.dtype is not source.dtype or any(load.bind for load in loads) or _uses_position(node.expr):
+            return None
+        ends = {
+            load: _moved_from(graph, load.buffer, _through(load.index, node.axes, index, ranges), ranges)
+            for load in loads
+        }
+        if len({end[0] for end in ends.values()}) != len(ends):
+            return None
+        reached = dict(ends.values())
+        combined = ex.transform(node.expr, lambda e: ex.load(ends[e][0], (), e.dtype) if e in ends else None)
+    found = {_steps(graph, name, index, source, ranges) for name, index in reached.items()}
+    products = tuple(sorted(graph.producer.get(name, -1) for name in reached))
+    if len(found) != 1 or None in found or any(at < 0 or _first_factor(graph, at) is None for at in products):
+        return None
+    steps = found.pop()
+    return Site(position, wait, products, None, None if steps is SAME else steps, combined)
+
+
+SAME = symbol("same")
+"""The position of an element in a product where it is the one in the source."""
+
+
+def _uses_position(root: ex.Expr) -> bool:
+    return any(isinstance(node, ex.Index) for node in ex.walk(root))
+
+
+def _moved_from(
+    graph: Graph, name: str, index: tuple[sympy.Expr, ...], ranges: Ranges
+) -> tuple[str, tuple[sympy.Expr, ...]]:
+    """Through views and copies that only move elements: the first value that is neither, and the position in it."""
     while name in graph.producer:
-        at = graph.producer[name]
-        node = graph.nodes[at]
+        node = graph.nodes[graph.producer[name]]
         if isinstance(node, View):
             index, name = _through(node.index, node.axes, index, ranges), node.base
         elif isinstance(node, Pointwise) and isinstance(node.expr, ex.Load) and not node.expr.bind:
             if node.expr.dtype is not node.out.dtype:
-                return None
+                break
             index, name = _through(node.expr.index, node.axes, index, ranges), node.expr.buffer
-        elif _first_factor(graph, at) is not None:
-            steps = simplify(flatten_index(index, graph.value(name).stride), ranges)
-            return _cuttable(Site(position, wait, (at,), None, steps), source, graph.value(name), ranges)
         else:
-            return None
-    return None
+            break
+    return name, index
 
 
 def _through(
@@ -164,13 +197,31 @@ def _through(
     return tuple(simplify(entry.xreplace(mapping), ranges) for entry in inner)
 
 
-def _cuttable(site: Site, source: Value, product: Value, ranges: Ranges) -> Site | None:
-    """``site`` if rows of one number come from one block of the product, or all elements lie there where they go."""
-    assert site.steps is not None
-    rows, who = int(ranges[ROW]), int(ranges[WHO])
+def _steps(graph: Graph, name: str, index: tuple[sympy.Expr, ...], source: Value, ranges: Ranges) -> sympy.Expr | None:
+    """Where in a product (flat) an element of ``source`` comes from, if rows of one number come from one block of the
+    product; ``SAME`` if from the same place; else None."""
+    product = graph.value(name)
+    if not _plain(product) or product.numel != source.numel:
+        return None
+    steps = simplify(_quotients_inside(flatten_index(index, product.stride)), ranges)
+    rows = int(ranges[ROW])
     each = int(product.numel) // rows
-    if simplify(FloorDiv(site.steps, sympy.Integer(each)), ranges) == ROW:
-        return site
+    if simplify(FloorDiv(steps, sympy.Integer(each)), ranges) == ROW:
+        return steps
     rest = tuple(symbol(f"i{n}") for n in range(1, len(source.shape)))
     same = flatten_index((WHO * rows + ROW, *rest), contiguous_stride(source.shape))
-    return replace(site, steps=None) if simplify(site.steps - same, ranges) == 0 and who > 1 else None
+    return SAME if simplify(steps - same, ranges) == 0 else None
+
+
+def _quotients_inside(expr: sympy.Expr) -> sympy.Expr:
+    """``(a % (n*m)) // n`` as ``(a // n) % m``, which sums of digits are recognised by."""
+    return expr.replace(
+        lambda e: (
+            isinstance(e, FloorDiv)
+            and isinstance(e.args[0], Mod)
+            and e.args[1].is_Integer
+            and e.args[0].args[1].is_Integer
+            and e.args[0].args[1] % e.args[1] == 0
+        ),
+        lambda e: Mod(FloorDiv(e.args[0].args[0], e.args[1]), e.args[0].args[1] / e.args[1]),
+    )

@@ -154,6 +154,48 @@ graph f(x: f32[4, 3, 8], w: f32[4, 8, 5]) {
 }""".replace("w: f32[4, 8, 5])", "w: f32[4, 8, 5], u: f32[4, 5, 8])")
 
 
+SUMMED = {
+    "batch first": """
+graph f(x: f32[24, 8], w: f32[8, 5], u: f32[24, 3], v: f32[3, 5]) {
+  y: f32[24, 5] = extern aten.mm.default(%x, %w) -> aten.mm.out
+  s: f32[2, 4, 3, 5] = pointwise (i0: 2, i1: 4, i2: 3, i3: 5) y[3*i0 + 6*i1 + i2, i3]
+  z: f32[24, 5] = extern aten.mm.default(%u, %v) -> aten.mm.out
+  a: f32[8, 3, 5] = pointwise (i0: 8, i1: 3, i2: 5) s[i0 // 4, i0 % 4, i1, i2] + z[3*(i0 // 4) + 6*(i0 % 4) + i1, i2]
+  p: pending (r: f32[4, 3, 5]) = start reduce_scatter.sum (a) @g0[2]
+  r: f32[4, 3, 5] = wait p
+  return %r, %z
+}""",
+    "sequence first": """
+graph f(x: f32[8, 8], w: f32[8, 5], u: f32[8, 3], v: f32[3, 5]) {
+  y: f32[8, 5] = extern aten.mm.default(%x, %w) -> aten.mm.out
+  z: f32[8, 5] = extern aten.mm.default(%u, %v) -> aten.mm.out
+  a: f32[8, 5] = pointwise (i0: 8, i1: 5) y[i0, i1] + z[i0, i1]
+  p: pending (r: f32[4, 5]) = start reduce_scatter.sum (a) @g0[2]
+  r: f32[4, 5] = wait p
+  return %r, %z
+}""",
+}
+
+
+@pytest.mark.parametrize("text", SUMMED.values(), ids=SUMMED)
+@pytest.mark.parametrize("parts", [2, 4])
+def test_sums_of_products_are_cut_together(text: str, parts: int) -> None:
+    after = cut_in(text, parts)
+    assert sum(isinstance(node, Extern) for node in after.nodes) == 2 * parts
+    assert sum(isinstance(node, Start) for node in after.nodes) == parts
+
+
+def test_other_readers_of_the_gathered_tensor_get_it_whole() -> None:
+    text = BATCH_FIRST.replace("  a: f32", "  o: f32[8] = reduce sum (i0: 8; r0: 8, r1: 3) r[r0, r1, i0]\n  a: f32", 1)
+    after = cut_in(text.replace("return %y", "return %o, %y"), 2)
+    assert sum(isinstance(node, Start) for node in after.nodes) == 2
+
+
+def test_rows_seen_through_other_digits_are_recognised() -> None:
+    text = BATCH_FIRST.replace("(i0 // 3) % 2", "(i0 % 6) // 3")
+    assert sum(isinstance(node, Start) for node in cut_in(text, 2).nodes) == 2
+
+
 def test_batched_products_are_cut_by_batches() -> None:
     after = cut_in(BATCHED, 2)
     assert sum(isinstance(node, Extern) for node in after.nodes) == 4
