@@ -30,7 +30,7 @@ from dcompile.codegen.cpp_strip import StripPrinter
 from dcompile.codegen.cpp_types import literal, register_type, storage_type
 from dcompile.codegen.cpp_welford import SAMPLES, ShiftedMoments, folding
 from dcompile.ir.index import as_expr
-from dcompile.ir.kernel import Fold, Let, Nest, Role, ScanLoop, Scratch, Stmt, Write, expressions
+from dcompile.ir.kernel import Fold, Let, Nest, Role, ScanLoop, Scratch, Stmt, Write, bound_axes, expressions
 from dcompile.ir.nodes import Axis
 from dcompile.ir.types import Size
 
@@ -101,7 +101,8 @@ class Printer:
 
     def _private(self, stmt: Write) -> bool:
         """Whether no two iterations of the surrounding loops write the same address."""
-        return not stmt.bind and injective(stmt.address, self.open_axes, self.parallel)
+        data = bound_axes(stmt)
+        return data is not None and injective(stmt.address, (*self.open_axes, *data), self.parallel)
 
     # nests
 

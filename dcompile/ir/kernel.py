@@ -214,6 +214,17 @@ def expressions(body: tuple[Stmt, ...]) -> Iterator[ex.Expr]:
             yield from stmt.bind
 
 
+def bound_axes(write: Write) -> tuple[Axis, ...] | None:
+    """The data-dependent parts of a write's address, each with the number of its values; None where that is unknown."""
+    found: list[Axis] = []
+    for n, part in enumerate(write.bind):
+        limit = part.args[1] if isinstance(part, ex.Op) and part.name == "wrap_index" else None
+        if not isinstance(limit, ex.Const):
+            return None
+        found.append((ex.bound(n), int(limit.value)))
+    return tuple(found)
+
+
 def extents(body: tuple[Stmt, ...]) -> dict[sympy.Symbol, Size]:
     """Every loop variable of ``body`` with its extent."""
     found: dict[sympy.Symbol, Size] = {}

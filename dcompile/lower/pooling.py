@@ -14,7 +14,7 @@ from typing import Any
 import sympy
 
 from dcompile.ir.expr import Expr, bound, const, index, load, masked, op, to
-from dcompile.ir.index import FloorDiv, Mod
+from dcompile.ir.index import FloorDiv, Mod, product, unflatten
 from dcompile.ir.nodes import Axis
 from dcompile.ir.types import DType, Size, Value
 from dcompile.lower.builder import ZERO, Lowering, loop_index, reduce_axes
@@ -264,24 +264,14 @@ def _write_at_places(b: Lowering, grad: Value, places: Value, shape: tuple[Size,
     sums = Value(b.fresh(f"{b.node.name}_zeros"), wide, out.shape, out.stride, out.device)
     b.pointwise(sums, const(0, wide))
     here = loop_index(grad.shape)
-    place = load(places.name, here, places.dtype)
-    bind = tuple(
-        wrapped(part, size) for part, size in zip(_coordinates(place, shape[-rank:]), shape[-rank:], strict=True)
-    )
-    where = (*here[: len(here) - rank], *(bound(n) for n in range(rank)))
+    plane = shape[-rank:]
+    bind = (wrapped(load(places.name, here, places.dtype), product(plane)),)
+    where = (*here[: len(here) - rank], *unflatten(bound(0), plane))
     row = to(load(grad.name, here, grad.dtype), wide)
     if wide is out.dtype:
         return b.store(sums, grad.shape, where, row, bind, mode, name=out.name)
     summed = b.store(sums, grad.shape, where, row, bind, mode)
     return b.pointwise(out, b.element(summed, out.shape))
-
-
-def _coordinates(flat: Expr, sizes: Sequence[Size]) -> list[Expr]:
-    found: list[Expr] = []
-    for size in reversed(sizes[1:]):
-        found.append(op("mod", flat, index(size)))
-        flat = op("floordiv", flat, index(size))
-    return [flat, *reversed(found)]
 
 
 # windows whose borders follow from the output's size -----------------------------------------------------------------

@@ -17,7 +17,7 @@ import sympy
 from dcompile.ir import expr as ex
 from dcompile.ir.graph import Graph, hint
 from dcompile.ir.index import product
-from dcompile.ir.kernel import Accumulator, Fold, Kernel, Let, Nest, Role, Scratch, Stmt, Write
+from dcompile.ir.kernel import Accumulator, Fold, Kernel, Let, Nest, Role, Scratch, Stmt, Write, bound_axes
 from dcompile.ir.nodes import Axis, Reduction, Store
 from dcompile.ir.types import Origin, Size, Value
 from dcompile.schedule.group import Group, Member
@@ -183,13 +183,20 @@ class _Emitter:
 
     def _flat_roles(self, axes: tuple[Axis, ...], writes: tuple[Write, ...]) -> tuple[Role, ...]:
         """Accumulating writes run in order (so sums do not depend on thread timing), with lanes only where the lanes
-        write to different addresses; everything else runs in parallel with lanes along the last axis."""
+        write to different addresses, and on threads of a CPU only where positions of the first axis never share an
+        address; everything else runs in parallel with lanes along the last axis."""
         last = axes[-1][0]
         moving = [w for w in writes if w.mode == "add" or w.bind]
-        if any(_meets_itself(w, last) for w in moving):
-            return (Role.SERIAL,) * len(axes)
-        outer = Role.SERIAL if moving else self._outer_role()
-        return (outer,) * (len(axes) - 1) + (Role.SIMD,)
+        inner = Role.SERIAL if any(_meets_itself(w, last) for w in moving) else Role.SIMD
+        if not moving:
+            return (self._outer_role(),) * (len(axes) - 1) + (inner,)
+        roles = [Role.SERIAL] * (len(axes) - 1) + [inner]
+        if len(axes) > 1 and self._on_cpu() and all(_stays_apart(w, axes) for w in moving):
+            roles[0] = self._outer_role()
+        return tuple(roles)
+
+    def _on_cpu(self) -> bool:
+        return all(member.out.device == "cpu" for member in self.group.members)
 
     def _rows(self) -> tuple[Stmt, ...]:
         members, inner = self.group.members, self.group.domain.inner_axes
@@ -359,6 +366,21 @@ def _variables(load: ex.Load) -> set[sympy.Symbol]:
 
 def _typed(body: ex.Expr, out: Value) -> ex.Expr:
     return ex.to(body, out.dtype)
+
+
+def _stays_apart(write: Write, axes: tuple[Axis, ...]) -> bool:
+    """Whether two positions along the first of ``axes`` never write the same address."""
+    data = bound_axes(write)
+    step = coefficient(write.address, axes[0][0])
+    if data is None or step is None or not step.is_Integer:
+        return False
+    reach: sympy.Expr = sympy.Integer(0)
+    for var, size in (*axes[1:], *data):
+        stride = coefficient(write.address, var)
+        if stride is None or not stride.is_Integer or not isinstance(size, int):
+            return False
+        reach += abs(stride) * max(size - 1, 0)
+    return bool(abs(step) > reach)
 
 
 def _meets_itself(write: Write, last: sympy.Symbol) -> bool:

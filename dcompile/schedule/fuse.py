@@ -29,6 +29,7 @@ from dcompile.ir.nodes import Node, Pointwise, Reduction, Scan, Store, View
 from dcompile.schedule.emit import PARALLEL_WORK, emit_kernel
 from dcompile.schedule.group import Group, Member
 from dcompile.schedule.loops import Domain, Form, coefficient, form_of, place
+from dcompile.schedule.one_hot import close_one_hot_sums
 from dcompile.schedule.scan import scan_kernel
 from dcompile.schedule.special import drop_trivial_folds
 from dcompile.schedule.strips import strip_group
@@ -48,7 +49,7 @@ few enough for the first-level cache."""
 
 def fuse(graph: Graph, ctx: Context) -> Graph:
     """LOOPS to KERNELS: every Pointwise, Reduction and Store becomes part of a Kernel, every Scan one of its own."""
-    graph = drop_trivial_folds(copy_unaliasable_views(graph), ctx)
+    graph = close_one_hot_sums(drop_trivial_folds(copy_unaliasable_views(graph), ctx), ctx)
     grouping = _Grouping(graph, ctx)
     for position in range(len(graph.nodes)):
         grouping.add(position)

@@ -6,6 +6,7 @@ kernel. What is inlined is what recomputation makes cheaper than a store and its
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 import sympy
@@ -85,8 +86,9 @@ def _refusal(graph: Graph, producer: Pointwise, reader: Node, name: str) -> str 
     traffic = itemsize * (evaluations + (0 if stored_anyway else elements))
     if not stored_anyway and len(users) > 1 and _read_across(graph, name):
         # no kernel has both: each reader is charged its reads, and credited its share of the producer's reads and write
-        recompute += FLOPS_PER_BYTE * moved * (min(evaluations, elements) - elements // len(users))
-        traffic = itemsize * (evaluations + elements // len(users))
+        share = elements // _loop_shapes(graph, users)
+        recompute += FLOPS_PER_BYTE * moved * (min(evaluations, elements) - share)
+        traffic = itemsize * (evaluations + share)
     elif len(users) > 1 or stored_anyway:
         if evaluations <= elements and cost > 2 * FLOPS_PER_BYTE:
             return _SAME_SHAPE
@@ -103,6 +105,16 @@ def _input_bytes(graph: Graph, body: ex.Expr, elements: int) -> int:
         distinct = hint(graph.value(load.buffer).numel, graph.size_hints)
         found += load.dtype.itemsize if 2 * distinct > elements else 0
     return found
+
+
+def _loop_shapes(graph: Graph, users: Iterable[int]) -> int:
+    """In how many kernels these loops may end at best: those of one shape in one."""
+    found = set()
+    for user in users:
+        node = graph.nodes[user]
+        raxes = node.raxes if isinstance(node, Reduction) else ()
+        found.add((tuple(size for _, size in loop_axes(node)), len(raxes)))  # type: ignore[arg-type]
+    return len(found)
 
 
 def _read_across(graph: Graph, name: str) -> bool:

@@ -67,7 +67,8 @@ def form_of(graph: Graph, node: Single) -> Form:
     others = tuple(flatten_loads(graph, e, ranges) for e in node.others) if isinstance(node, Reduction) else ()
     position = node.index if isinstance(node, Store) else tuple(var for var, _ in node.axes)
     address = simplify(flatten_index(position, node.out.stride), ranges)
-    axes = tuple(sorted(_real(node.axes), key=lambda axis: step_key(address, axis[0])))
+    walked = _walked(expr, address) if bind else address
+    axes = tuple(sorted(_real(node.axes), key=lambda axis: step_key(walked, axis[0])))
     form = Form(node, axes, _real(raxes), expr, address, bind, others)
     form = _drop_ones(form, ranges)
     return _merge(_merge(form, "axes"), "raxes")
@@ -83,6 +84,12 @@ def flatten_loads(graph: Graph, root: ex.Expr, ranges: dict[sympy.Symbol, Size])
         return ex.load(node.buffer, (flat,), node.dtype, node.bind)
 
     return tidy(ex.transform(root, leaf), ranges)
+
+
+def _walked(expr: ex.Expr, address: sympy.Expr) -> sympy.Expr:
+    """The address a scattering loop is ordered by: that of the values it reads, as where they go depends on data."""
+    direct = [load.index[0] for load in ex.loads(expr) if not load.bind]
+    return max(direct, key=lambda at: len(at.free_symbols), default=address)
 
 
 def _real(axes: tuple[Axis, ...]) -> tuple[Axis, ...]:

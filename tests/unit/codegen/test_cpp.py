@@ -328,3 +328,15 @@ def test_complex_is_a_compiler_bug() -> None:
 def test_golden_text(name: str, kernel: Kernel, shape: tuple[int, int]) -> None:
     text = print_cpp(kernel_graph([value("x", shape)], kernel)).source.removeprefix(prelude()).lstrip()
     assert text == (GOLDEN / f"{name}.cpp").read_text()
+
+
+@pytest.mark.parametrize(("step", "atomic"), [(50, False), (49, True)])
+def test_scatters_of_separate_rows_need_no_atomics(step: int, atomic: bool) -> None:
+    place = ex.op("wrap_index", ex.load("ids", (I0 * 50 + I1,), I64), ex.const(50, I64))
+    target = I0 * step + ex.bound(0)
+    write = Write("y", target, ex.load("x", (I0 * 50 + I1,), F32), bind=(place,), mode="add")
+    nest = Nest(((I0, 900), (I1, 50)), (P, S), (write,))
+    kernel = Kernel(outs=(value("y", (45_000,)),), targets=("z",), body=(nest,))
+    graph = kernel_graph([value("z", (45_000,)), value("ids", (900, 50), I64), value("x", (900, 50))], kernel)
+    assert ("atomic_add_f32(&" in print_cpp(graph).source) == atomic
+    agrees(graph, [torch.randn(45_000), torch.randint(-50, 50, (900, 50)), torch.randn(900, 50)])

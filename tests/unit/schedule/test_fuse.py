@@ -211,3 +211,19 @@ def test_threads_share_a_long_reduction_to_one_value() -> None:
     assert isinstance(fold, Fold)
     assert fold.roles == (Role.PARALLEL, Role.SIMD)
     assert [size for _, size in fold.axes] == [32, 4096]
+
+
+SCATTER = """
+graph f(w: f32[{width}], g: f32[600, 64], idx: i64[600, 64]) {{
+  w1: f32[{width}] = store add w (i0: 600, i1: 64) [{step}*i0 + q0 | q0 = wrap_index(idx[i0, i1], 64:i64)] = g[i0, i1]
+  return %w1
+}}"""
+
+
+@pytest.mark.parametrize(("step", "first"), [(64, Role.PARALLEL), (63, Role.SERIAL)])
+def test_scatters_use_threads_where_rows_never_share_an_address(step: int, first: Role) -> None:
+    (kernel,) = kernels(fused(SCATTER.format(step=step, width=600 * 64)))
+    (nest,) = kernel.body
+    assert isinstance(nest, Nest)
+    assert [size for _, size in nest.axes] == [600, 64]
+    assert nest.roles == (first, Role.SERIAL)

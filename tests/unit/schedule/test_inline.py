@@ -132,3 +132,17 @@ def test_what_a_reduction_reads_across_is_stored_if_recomputing_reads_more() -> 
       return %s, %o
     }"""
     assert apply(inline_pointwise, text) == same(text)
+
+
+def test_reductions_of_one_shape_count_as_one_reader() -> None:
+    before = """
+    graph f(r: f32[4, 8, 64], g: f32[4, 8, 64], x: f32[4, 8, 64]) {
+      t: f32[4, 8, 64] = pointwise (i0: 4, i1: 8, i2: 64) where(r[i0, i1, i2] <= 0.0:f32, 0.0:f32, g[i0, i1, i2])
+      s: f32[8] = reduce sum (i0: 8; r0: 4, r1: 64) t[r0, i0, r1]
+      u: f32[8] = reduce sum (i0: 8; r0: 4, r1: 64) t[r0, i0, r1] * x[r0, i0, r1]
+      o: f32[4, 8, 64] = pointwise (i0: 4, i1: 8, i2: 64) t[i0, i1, i2] * s[i1] + u[i1]
+      return %o
+    }"""
+    after = inline_pointwise(parse_graph(before).check(), context()).check()
+    assert [node.out.name for node in after.nodes] == ["s", "u", "o"]  # type: ignore[attr-defined]
+    assert_same_numbers(parse_graph(before), after)
