@@ -78,6 +78,16 @@ class FullySharded(Wrapper):
                 shadow_settings(child, self._drop_unreduced, self._update)
         self._update()
 
+    @property
+    def ahead_bytes(self) -> int:
+        """What eager FSDP2 has in flight at most: the largest unit's parameters being gathered, and its gradients being
+        reduced, each with the shards."""
+        return 2 * max((sum(map(self._carried_bytes, unit.managed)) for unit in self._units), default=0)
+
+    def _carried_bytes(self, name: str) -> int:
+        sharding, padded = self._shardings[name], self._padded[name]
+        return padded.numel() * (sharding.world + 1) * sharding.param_dtype.itemsize
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The wrapped module's forward."""
         local: dict[str, torch.Tensor] = {}

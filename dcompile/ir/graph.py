@@ -129,6 +129,7 @@ def hint(size: Size, hints: dict[sympy.Symbol, int]) -> int:
 
 
 def given_bytes(graph: Graph) -> int:
-    """Bytes of the tensors that ``graph`` is called with, at the size hints."""
+    """Bytes of the tensors that ``graph`` is called with and reads, or hands back, at the size hints."""
     values = [item for item in graph.inputs if isinstance(item, Value)]
-    return sum(hint(value.nbytes, graph.size_hints) for value in values)
+    read = [value for value in values if graph.users.get(value.name) or value.name in graph.output_names]
+    return sum(hint(value.nbytes, graph.size_hints) for value in read)

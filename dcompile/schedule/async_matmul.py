@@ -54,10 +54,15 @@ def async_matmuls(graph: Graph, ctx: Context) -> Graph:
     return best
 
 
+CHEAP = 0.25
+"""Sites that could hide less than this share of an empty collective are not tried: the latency of the further parts is
+mostly covered, too. What is tried is taken only if the whole schedule is predicted faster."""
+
+
 def _worthwhile(site: Site, graph: Graph, ctx: Context) -> bool:
-    """Whether hiding all but one of the fewest parts could gain more than the latency of one collective more."""
+    """Whether hiding half of the wire time could gain more than a little of one more collective's latency."""
     start = graph.nodes[site.start]
     assert isinstance(start, Start)
-    whole_us = ctx.costs.transfer_us(start, graph)
-    empty_us = ctx.costs.link(start.group.label).transfer_us(start.kind, 0, start.group.size)
-    return whole_us * (1 - min(ctx.costs.contention(start), 1.0)) / 2 > empty_us * ctx.costs.contention(start)
+    empty_us = ctx.costs.link(start.group.label).by(start.via).transfer_us(start.kind, 0, start.group.size)
+    hidden_us = ctx.costs.transfer_us(start, graph) * (1 - min(ctx.costs.contention(start), 1.0)) / 2
+    return hidden_us > CHEAP * empty_us

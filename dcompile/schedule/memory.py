@@ -24,6 +24,7 @@ from dcompile.ir.kernel import Kernel
 from dcompile.ir.nodes import Extern, Pack, View
 from dcompile.ir.types import Size, Value, contiguous_stride
 from dcompile.plan import PARTS, Home, Plan, Prediction, Slot, Storage
+from dcompile.schedule.links import carried_bytes
 from dcompile.schedule.offsets import Request, aligned, assign_offsets
 
 STAGE = "plan_memory"
@@ -356,10 +357,23 @@ def _frees(planner: _Planner, names: dict[str, str]) -> dict[int, tuple[str, ...
     return {position: tuple(frees[position]) for position in sorted(frees)}
 
 
+def _staging(graph: Graph) -> dict[int, int]:
+    """Change of bytes at positions: gloo sends and receives several tensors at once through flat buffers of its own."""
+    change: dict[int, int] = {}
+    for position, node in enumerate(graph.nodes):
+        if not isinstance(node, Start) or len(node.sources) < 2 or node.pending.in_place:
+            continue
+        if graph.value(node.sources[0]).device == "cpu":
+            held, end = carried_bytes(graph, node), graph.users[node.pending.name][0] + 1
+            change[position] = change.get(position, 0) + held
+            change[end] = change.get(end, 0) - held
+    return change
+
+
 def _peak_bytes(planner: _Planner, arena_bytes: dict[str, int]) -> int:
     """Arenas, which last as long as the call, and the most bytes of other memory at one position."""
     hints = planner.graph.size_hints
-    change: dict[int, int] = {}
+    change = _staging(planner.graph)
     for block in planner.blocks.values():
         if block.host is None and block.home in (Home.FRESH, Home.LIBRARY) and block.donor is None:
             nbytes = hint(block.nbytes, hints)

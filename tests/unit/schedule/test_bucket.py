@@ -289,7 +289,7 @@ def test_the_last_bucket_is_not_made_so_large_that_it_ends_exposed() -> None:
         for n in range(6)
     )
     text = f"graph f(x: {size}, a0: {size}) {{\n{rows}return {', '.join(f'%r{n}' for n in range(6))}\n}}"
-    ctx = Context(Options(in_flight_bytes=2**30), CostModel.analytical("cuda", 2))
+    ctx = Context(Options(in_flight_bytes=2**31), CostModel.analytical("cuda", 2))
     before = parse_graph(text.replace("4096]", "4096]@cuda")).check()
     after = bucket_collectives(before, ctx)
     assert max((len(node.parts) for node in after.nodes if isinstance(node, Pack)), default=1) < 6
@@ -336,7 +336,7 @@ def test_the_chosen_size_is_no_worse_than_usual_ones(
 def test_no_bucket_holds_more_than_may_be_in_flight() -> None:
     text = chain(8, "f32[65536]")
     before = parse_graph(text).check()
-    for in_flight, launches in ((2**30, 1), (2**20, 2)):
+    for in_flight, launches in ((2**30, 1), (2**21, 2)):
         ctx = Context(Options(in_flight_bytes=in_flight), CostModel.analytical("cpu", 2))
         after = bucket_collectives(before, ctx)
         assert sum(isinstance(node, Start) for node in after.nodes) == launches
