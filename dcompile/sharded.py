@@ -99,7 +99,7 @@ class FullySharded(Wrapper):
         also_unused = [
             local[name]
             for unit in self._units
-            if unit.group.reduce_scatter_unused_params and unit.entered
+            if _fills_unused(unit) and unit.entered
             for name in unit.managed
             if local[name].requires_grad
         ]
@@ -159,7 +159,7 @@ class FullySharded(Wrapper):
     def _update(self) -> None:
         """Take over settings that have changed."""
         for unit in self._units:
-            if unit.group.reduce_scatter_unused_params:
+            if _fills_unused(unit):
                 watch_entry(unit)
             for name, managed in unit.managed.items():
                 self._shardings[name] = sharding_of(name, managed, unit.group, self._peak_memory_bytes)
@@ -185,6 +185,11 @@ class FullySharded(Wrapper):
                     f"parameter {name} was frozen when fully_sharded was called and is trained now: set requires_grad "
                     "before fully_sharded"
                 )
+
+
+def _fills_unused(unit: Unit) -> bool:
+    """Whether unused parameters get gradients of zero; a setting from PyTorch 2.13 on."""
+    return bool(getattr(unit.group, "reduce_scatter_unused_params", False))
 
 
 def fully_sharded(module: nn.Module, *, peak_memory_bytes: int | None = None) -> FullySharded:
