@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from types import TracebackType
 
@@ -68,6 +68,20 @@ def load_function(cubin: bytes, name: str, shared_bytes: int) -> ctypes.c_void_p
         attribute = ctypes.c_int(_MAX_DYNAMIC_SHARED)
         check(driver.cuFuncSetAttribute(function, attribute, ctypes.c_int(shared_bytes)), f"shared memory of {name}")
     return function
+
+
+@lru_cache(maxsize=1)
+def _copier() -> Callable[..., int]:
+    copier = library().cuMemcpyDtoDAsync_v2
+    copier.argtypes = (ctypes.c_uint64, ctypes.c_uint64, ctypes.c_size_t, ctypes.c_void_p)
+    return copier
+
+
+def copy_on_device(target: int, source: int, nbytes: int, stream: int) -> None:
+    """Copy between addresses that the current context has mapped, a peer's too, in the order of ``stream``."""
+    status = _copier()(target, source, nbytes, stream)
+    if status:
+        check(status, f"a copy of {nbytes} bytes between GPUs")
 
 
 class DeviceMemory:

@@ -10,13 +10,16 @@ two at once.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, Protocol
 from weakref import WeakValueDictionary
 
 import torch
 
 from dcompile.errors import CompilerBug
+from dcompile.runtime.cuda_driver import copy_on_device
 
 Tensors = Sequence[torch.Tensor]
 
@@ -44,12 +47,16 @@ OpenWindow = Callable[[int, torch.device], Window]
 
 
 class Block:
-    """A window in use: its memory, and where results go in the others'."""
+    """A window in use.
 
-    def __init__(self, window: Window) -> None:
+    Attributes:
+        bases: address of its first byte on each rank, as this rank sees it.
+    """
+
+    def __init__(self, window: Window, rank: int, ranks: int) -> None:
         self.window = window
         self.first = window.memory.data_ptr()
-        self._targets: dict[tuple[int, int], tuple[torch.Tensor, ...]] = {}
+        self.bases = tuple(window.of(other).data_ptr() if other != rank else self.first for other in range(ranks))
 
     @property
     def memory(self) -> torch.Tensor:
@@ -58,16 +65,6 @@ class Block:
     def holds(self, tensor: torch.Tensor) -> bool:
         """Whether ``tensor`` lies in this rank's part."""
         return self.first <= tensor.data_ptr() < self.first + self.memory.numel()
-
-    def targets(self, result: torch.Tensor, rank: int, ranks: int) -> tuple[torch.Tensor, ...]:
-        """The bytes that this ``rank`` writes of ``result``, on each of the ranks."""
-        offset, share = result.data_ptr() - self.first, result.numel() * result.element_size() // ranks
-        found = self._targets.get((offset, share))
-        if found is None:
-            begin = offset + rank * share
-            found = tuple(self.window.of(other)[begin : begin + share] for other in range(ranks))
-            self._targets[offset, share] = found
-        return found
 
 
 class Landed:
@@ -102,7 +99,7 @@ class Peers:
 
     def allocate(self, nbytes: int, device: torch.device) -> Block:
         """A window for results; every rank must call this, in the same order. It lasts as long as it is referred to."""
-        block = Block(self._open(nbytes, device))
+        block = Block(self._open(nbytes, device), self.rank, self.ranks)
         self._blocks[block.first] = block
         return block
 
@@ -122,13 +119,23 @@ class Peers:
             raise CompilerBug(f"{kind} between peers: results do not lie in one window")
         with self._beside(pairs[0][0].device) as stream:
             block.window.meet()
-            for step in range(1, self.ranks + 1):  # this rank's own share last: the others wait for theirs
-                other = (self.rank + step) % self.ranks
-                for source, result in pairs:
-                    target = block.targets(result, self.rank, self.ranks)[other]
-                    target.copy_(_share(kind, source, other, self.ranks), non_blocking=True)
+            self._copy(kind, pairs, block, stream)
             block.window.meet()
             return Landed(stream.record_event() if stream is not None else None)
+
+    def _copy(self, kind: str, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], block: Block, stream: Any) -> None:
+        """Write this rank's shares into every rank's results, its own last: the others wait for theirs."""
+        copy = ctypes.memmove if stream is None else partial(copy_on_device, stream=stream.cuda_stream)
+        pieces = []
+        for source, result in pairs:
+            share = result.numel() * result.element_size() // self.ranks
+            offset = result.data_ptr() - block.first + self.rank * share
+            pieces.append((offset, source.data_ptr(), share if kind == "all_to_all" else 0, share))
+        for step in range(1, self.ranks + 1):
+            other = (self.rank + step) % self.ranks
+            base = block.bases[other]
+            for offset, source, stride, share in pieces:
+                copy(base + offset, source + other * stride, share)
 
     @contextlib.contextmanager
     def _beside(self, device: torch.device) -> Iterator[torch.cuda.Stream | None]:
@@ -142,12 +149,3 @@ class Peers:
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
             yield stream
-
-
-def _share(kind: str, source: torch.Tensor, other: int, ranks: int) -> torch.Tensor:
-    """The bytes of ``source`` that rank ``other`` gets."""
-    flat = source.view(-1).view(torch.uint8)
-    if kind == "all_gather":
-        return flat
-    share = flat.numel() // ranks
-    return flat[other * share : (other + 1) * share]
