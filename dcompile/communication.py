@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from dcompile.collectives.nodes import Start, Wait
+from dcompile.collectives.nodes import Start, Via, Wait
 from dcompile.collectives.rules import payload_bytes
 from dcompile.ir.nodes import Node
 from dcompile.plan import Interval, Plan
@@ -21,7 +21,7 @@ class CollectiveRow:
 
     Attributes:
         name: of its pending.
-        kind: ``"all_reduce.sum"``.
+        kind: ``"all_reduce.sum"``, and its lowering unless that is the backend's own: ``"all_gather via peers"``.
         group: label and number of ranks, ``"g0[8]"``.
         nbytes: payload of one rank.
         predicted_us: of the transfer.
@@ -62,7 +62,7 @@ def collective_rows(plan: Plan, recorded: Timeline | None = None) -> tuple[Colle
         rows.append(
             CollectiveRow(
                 name=node.pending.name,
-                kind=node.kind.value + (f".{node.reduction}" if node.reduction else ""),
+                kind=node.kind.value + (f".{node.reduction}" if node.reduction else "") + _via(node),
                 group=f"{node.group.label}[{node.group.size}]",
                 nbytes=payload_bytes(node, plan.graph),
                 predicted_us=interval.end_us - interval.start_us,
@@ -75,6 +75,10 @@ def collective_rows(plan: Plan, recorded: Timeline | None = None) -> tuple[Colle
             )
         )
     return tuple(rows)
+
+
+def _via(start: Start) -> str:
+    return "" if start.via is Via.LIBRARY else f" via {start.via.value}"
 
 
 def _duration(spans: Iterable[Span], name: str, lane: str) -> float | None:
