@@ -133,9 +133,9 @@ def _whole_split(cat: fx.Node) -> tuple[fx.Node, int, int] | None:
         return None
     source, value = split.args[0], split.args[0].meta["val"]
     dim = (split.args[2] if len(split.args) > 2 else 0) % value.dim()
-    sizes = {part.meta["val"].shape[dim] for part in parts}
-    static = all(isinstance(n, int) for n in value.shape)
-    if not static or not value.is_contiguous() or sizes != {value.shape[dim] // len(parts)}:
+    sizes = [part.meta["val"].shape[dim] for part in parts]
+    static = all(isinstance(n, int) for n in (*value.shape, *sizes))  # symbolic ones have no hash in PyTorch 2.11
+    if not static or not value.is_contiguous() or set(sizes) != {value.shape[dim] // len(parts)}:
         return None
     return (source, len(parts), dim) if value.shape[dim] % len(parts) == 0 and value.numel() else None
 
