@@ -134,8 +134,8 @@ class Peers:
         for step in range(1, self.ranks + 1):
             other = (self.rank + step) % self.ranks
             base = block.bases[other]
-            for offset, source, stride, share in pieces:
-                copy(base + offset, source + other * stride, share)
+            for offset, address, stride, share in pieces:
+                copy(base + offset, address + other * stride, share)
 
     @contextlib.contextmanager
     def _beside(self, device: torch.device) -> Iterator[torch.cuda.Stream | None]:
