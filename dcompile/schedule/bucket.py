@@ -25,9 +25,10 @@ from dcompile.schedule.links import carried_bytes
 from dcompile.schedule.list_schedule import list_schedule
 from dcompile.schedule.live import footing, peak_bytes, room_bytes
 from dcompile.schedule.merge import Bucket, Member, depended_on, merge, true_predecessors
-from dcompile.schedule.overlap import GAIN, PEAK_FACTOR, POLICIES
+from dcompile.schedule.overlap import CLOSE, GAIN, PEAK_FACTOR, POLICIES, best_schedule, program_order
 from dcompile.schedule.prefetch import prefetch
-from dcompile.schedule.simulate import Problem, prepare, simulate, tails
+from dcompile.schedule.refine import Buckets, refine, tries_for
+from dcompile.schedule.simulate import Problem, lower_bound, prepare, simulate, tails
 
 STAGE = "bucket"
 
@@ -69,24 +70,42 @@ def _ahead(graph: Graph, ctx: Context) -> Graph:
 
 
 def _cheapest(graph: Graph, before: Sequence[tuple[int, ...]], members: list[Member], ctx: Context) -> Graph:
-    best, best_us, best_size = graph, scheduled_us(graph, ctx), "no bucketing"
-    tried = [(best_size, best_us)]
-    refusals: list[Bucket] = []
+    def makespan_us(buckets: Sequence[Bucket]) -> float:
+        return scheduled_us(_merged(graph, before, buckets, ctx)[0], ctx)
+
+    starts: list[tuple[float, Buckets]] = [(scheduled_us(graph, ctx), tuple((member,) for member in members))]
+    names = ["no bucketing"]
+    best = 0
     for limit, buckets in _promising(graph, members, ctx):
-        merged, refused = merge(graph, before, buckets)
-        merged = _ahead(merged, ctx)
-        makespan_us = scheduled_us(merged, ctx)
-        tried.append((f"buckets of {limit} bytes", makespan_us))
-        if makespan_us < (1 - GAIN) * best_us:
-            best, best_us, best_size, refusals = merged, makespan_us, tried[-1][0], refused
-    _report_refused(graph, refusals, ctx)
-    for size, makespan_us in tried:
-        decision = "taken" if size == best_size else "not taken"
-        reason = f"predicted {makespan_us:.0f} us, best {best_us:.0f} us"
-        if makespan_us == math.inf:
+        starts.append((makespan_us(buckets), tuple(buckets)))
+        names.append(f"buckets of {limit} bytes")
+        if starts[-1][0] < (1 - GAIN) * starts[best][0]:
+            best = len(starts) - 1
+    best_us, chosen = starts[best]
+    if best_us > CLOSE * sum(prepare(graph, ctx.costs, ctx.prices).cost):  # else nothing to speak of is exposed
+        tries = tries_for(len(graph.nodes))
+        best_us, chosen = refine([starts[best], *starts], makespan_us, tries, GAIN, ctx.options.in_flight_bytes)
+    if chosen != starts[best][1]:
+        best = len(starts)
+        starts.append((best_us, chosen))
+        names.append(f"{len(chosen)} buckets of several sizes")
+    merged, refused = _merged(graph, before, chosen, ctx)
+    _report_refused(graph, refused, ctx)
+    for n, (name, (us, _)) in enumerate(zip(names, starts, strict=True)):
+        decision = "taken" if n == best else "not taken"
+        reason = f"predicted {us:.0f} us, best {best_us:.0f} us"
+        if us == math.inf:
             reason = f"more than peak_memory_bytes={ctx.options.peak_memory_bytes}"
-        ctx.verdict(STAGE, f"{graph.name}: {size}", decision, reason)
-    return best
+        ctx.verdict(STAGE, f"{graph.name}: {name}", decision, reason)
+    return merged
+
+
+def _merged(
+    graph: Graph, before: Sequence[tuple[int, ...]], buckets: Sequence[Bucket], ctx: Context
+) -> tuple[Graph, list[Bucket]]:
+    """``graph`` with these buckets, launches where they are due; and the buckets that could not be merged."""
+    merged, refused = merge(graph, before, buckets)
+    return (graph if merged is graph else _ahead(merged, ctx)), refused
 
 
 FULL_SEARCH_NODES, PROMISING = 1500, 1
@@ -140,15 +159,23 @@ def _sizes(members: Sequence[Member]) -> Iterator[int]:
     yield size
 
 
+EVERY_POLICY_NODES = 200
+"""In larger graphs a set of buckets is judged by the first policy of the overlap pass alone."""
+
+
 def scheduled_us(graph: Graph, ctx: Context) -> float:
-    """Predicted time of ``graph`` under the first policy of the overlap pass; infinite if it needs too much memory."""
+    """Predicted time of ``graph`` after the overlap pass; infinite if it needs too much memory."""
     problem = prepare(graph, ctx.costs, ctx.prices)
+    room = room_bytes(graph, ctx.options.peak_memory_bytes)
+    if len(graph.nodes) <= EVERY_POLICY_NODES:
+        program, bound_us = program_order(problem), lower_bound(problem)
+        chosen = best_schedule(problem, program, bound_us, ctx.options.in_flight_bytes, room)
+        return chosen.makespan_us if room is None or chosen.peak_bytes <= room else math.inf
     ground = footing(graph)
     order = range(len(graph.nodes))
     budget = int(PEAK_FACTOR * peak_bytes(ground, order))
     priority, patient = next(iter(POLICIES.values()))
     best = list_schedule(problem, priority(tails(problem)), ground, ctx.options.in_flight_bytes, budget, patient)
-    room = room_bytes(graph, ctx.options.peak_memory_bytes)
     fitting = [found for found in (best, order) if room is None or peak_bytes(ground, found) <= room]
     return min((simulate(problem, found).makespan for found in fitting), default=math.inf)
 
@@ -218,7 +245,7 @@ def _members(graph: Graph, before: Sequence[tuple[int, ...]], ctx: Context) -> l
         held = payload if node.kind is Kind.ALL_REDUCE else carried_bytes(graph, node)  # reduced in place when packed
         found.append(Member(position, wait, key, available, payload, held))
     reached = depended_on(before, {member.wait: 1 << n for n, member in enumerate(found)})
-    return [replace(member, needs=reached[member.start]) for member in found]
+    return [replace(member, needs=reached[member.start], number=n) for n, member in enumerate(found)]
 
 
 def _spoilt_results(graph: Graph) -> dict[str, str]:

@@ -27,6 +27,7 @@ class Member:
         nbytes: payload at the size hints.
         held: bytes of sources and results, in use from launch to wait.
         needs: bit mask over the members (in the order given) whose results its launch depends on.
+        number: its own place in that order.
     """
 
     start: int
@@ -36,6 +37,7 @@ class Member:
     nbytes: int
     held: int = 0
     needs: int = 0
+    number: int = 0
 
 
 Bucket = tuple[Member, ...]
@@ -109,11 +111,12 @@ class _Units:
                 if position != other:
                     self.needs[self.unit[position]].add(self.unit[other])
                     self.after[self.unit[other]].add(self.unit[position])
-        self.key: dict[int, tuple[int, int]] = {unit: (unit, 0) for unit in self.needs}
+        self.key: dict[int, tuple[int, int, int]] = {unit: (unit, 0, 0) for unit in self.needs}
         for bucket in buckets:
             readers = self.after[bucket[0].wait]
-            self.key[bucket[0].start] = (max(member.available for member in bucket), 1)
-            self.key[bucket[0].wait] = (min(readers, default=len(self.unit)), -1)
+            last = max(member.start for member in bucket)
+            self.key[bucket[0].start] = (max(member.available for member in bucket), 1, last)
+            self.key[bucket[0].wait] = (min(readers, default=len(self.unit)), -1, 0)
         self.left: set[int] = set()
 
     def order(self) -> list[int] | None:
