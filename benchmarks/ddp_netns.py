@@ -143,17 +143,8 @@ def measure(given: argparse.Namespace, variant: str, spaces: tuple[str, str], en
     return found
 
 
-def main(argv: list[str] | None = None) -> int:
-    given = parse(argv)
-    if given.worker:
-        work(given)
-        return 0
-    found = {}
-    with network(given.rate) as (spaces, ends):
-        for variant in given.variants:
-            found[variant] = one = measure(given, variant, spaces, ends)
-            exposed = "" if one["exposed_share"] is None else f"  exposed {one['exposed_share']:.0%}"
-            print(f"{variant:28} step {one['step_ms']:8.1f} ms  fastest {one['fastest_step_ms']:8.1f} ms{exposed}")
+def write(given: argparse.Namespace, found: dict[str, Any], argv: list[str] | None) -> None:
+    """What was measured so far."""
     today = datetime.date.today().isoformat()
     record = {
         "date": today,
@@ -166,6 +157,21 @@ def main(argv: list[str] | None = None) -> int:
     }
     given.results.mkdir(parents=True, exist_ok=True)
     (given.results / f"{today}-ddp_netns.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+def main(argv: list[str] | None = None) -> int:
+    given = parse(argv)
+    if given.worker:
+        work(given)
+        return 0
+    found: dict[str, Any] = {}
+    with network(given.rate) as (spaces, ends):
+        for variant in given.variants:
+            found[variant] = one = measure(given, variant, spaces, ends)
+            exposed = "" if one["exposed_share"] is None else f"  exposed {one['exposed_share']:.0%}"
+            times = f"step {one['step_ms']:8.1f} ms  fastest {one['fastest_step_ms']:8.1f} ms"
+            print(f"{variant:28} {times}{exposed}", flush=True)
+            write(given, found, argv)
     return 0
 
 

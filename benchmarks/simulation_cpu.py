@@ -1,11 +1,12 @@
-"""The forecast of ``dcompile simulate`` beside measured steps of 1 and 2 CPU ranks.
+"""The forecast of ``dcompile simulate`` beside measured steps of CPU ranks.
 
     python benchmarks/simulation_cpu.py
+    python benchmarks/simulation_cpu.py --ranks 1 2 4        # 4 ranks on 2 cores have half a core each
 
 Measured is what the compiled forward and backward graphs take in a step of ``examples/train_gpt.py``: medians of the
 recorded timelines of rank 0, without the first steps. Forecast is the same by
-``benchmarks/topologies/loopback_cpu.toml``. Writes a file with date, hardware, versions and command into
-``benchmarks/results``.
+``benchmarks/topologies/loopback_cpu.toml``; ranks that share cores have their part of a core's speed. Writes a file
+with date, hardware, versions and command into ``benchmarks/results``.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ import datetime
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -50,10 +53,28 @@ def measured_us(ranks: int, sizes: list[str]) -> dict[str, float]:
     return json.loads(line.removeprefix("MEASURED "))  # type: ignore[no-any-return]
 
 
+def shared_cores(ranks: int, cores: int) -> str:
+    """The topology where ``ranks`` share fewer ``cores``: each has its part of the speed, and calls take longer."""
+    share = min(1.0, cores / ranks)
+    lines = []
+    for line in TOPOLOGY.read_text().splitlines():
+        of_processor = line.startswith("bytes_per_us") and "[[level]]" not in lines
+        if of_processor or line.startswith(("flops_per_us", "launch_us", "call_us")):
+            name, value = line.split(" = ")
+            line = f"{name} = {float(value) / share if name in ('launch_us', 'call_us') else float(value) * share}"
+        elif line.startswith("matmul_flops_per_us"):
+            line = re.sub(r"= ([0-9.e]+)", lambda found: f"= {float(found[1]) * share}", line)
+        lines.append(line)
+    return "\n".join(lines) + "\n"
+
+
 def forecast(ranks: int, sizes: list[str]) -> dict[str, Any]:
-    command = [sys.executable, "-m", "dcompile.simulation", "simulate", "--json", "--ranks", str(ranks)]
-    command += ["--topology", str(TOPOLOGY), str(ROOT / "examples" / "train_gpt.py"), "--steps", "1", *sizes]
-    text = run(*command)
+    with tempfile.NamedTemporaryFile("w", suffix=".toml") as topology:
+        topology.write(shared_cores(ranks, os.cpu_count() or 1))
+        topology.flush()
+        command = [sys.executable, "-m", "dcompile.simulation", "simulate", "--json", "--ranks", str(ranks)]
+        command += ["--topology", topology.name, str(ROOT / "examples" / "train_gpt.py"), "--steps", "1", *sizes]
+        text = run(*command)
     return json.loads(text[text.index("\n{\n") if not text.startswith("{") else 0 :])  # type: ignore[no-any-return]
 
 
@@ -87,6 +108,7 @@ def main() -> None:
             predicted = sum(graph["step_us"] for graph in paper["graphs"])
             exposed = sum(graph["exposed_us"] for graph in paper["graphs"])
             row = {"size": size, "ranks": ranks, "measured_step_us": step, "forecast_step_us": predicted}
+            row |= {"oversubscribed": ranks > (os.cpu_count() or 1)}
             row |= {"ratio": predicted / step, "measured_exposed_us": real["exposed"], "forecast_exposed_us": exposed}
             rows.append(row)
             print(json.dumps(row), flush=True)

@@ -386,6 +386,12 @@ _quarantine: list[Handle] = []
 """Collectives that never ended: their memory must not be used for anything else."""
 
 
+def never_ended() -> tuple[str, ...]:
+    """Names of the collectives of this process that never ended: a process group with one of them cannot be destroyed,
+    its process can only leave."""
+    return tuple(handle.name for handle in _quarantine)
+
+
 def _abandon(handle: Handle) -> None:
     """Keep the memory of ``handle`` for good."""
     handle.abandoned = True

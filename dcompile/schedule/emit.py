@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 import sympy
 
+from dcompile.analyse.alias import storage_roots
 from dcompile.ir import expr as ex
 from dcompile.ir.graph import Graph, hint
 from dcompile.ir.index import product
@@ -318,13 +319,16 @@ class _Emitter:
         """Pairs of an out and an operand that is only read at the address the out is about to be written to."""
         if self.group.column:
             return ()
+        roots = storage_roots(self.graph)
+        written = {roots[n.target] for m in outs if isinstance(n := m.placed.form.node, Store)}
         pairs: list[tuple[str, str]] = []
         for out in outs:
             node = out.placed.form.node
             if isinstance(node, Store | Reduction):
                 continue
             for name in dict.fromkeys(load.buffer for member in self.group.members for load in member.loads()):
-                if name not in self.by_name and self._reads_only_here(name, out):
+                free = name not in self.by_name and roots[name] not in written
+                if free and self._reads_only_here(name, out):
                     pairs.append((out.name, name))
         return tuple(pairs)
 

@@ -166,13 +166,26 @@ def _without_unread(node: Node, live: set[str]) -> Node:
 
 
 def reads_elsewhere(store: Store, roots: dict[str, str]) -> bool:
-    """Whether ``store`` reads its target's storage at positions other than the one it is writing."""
+    """Whether ``store`` reads its target's storage at positions that it may write at another iteration."""
     target = roots[store.target]
-    return any(
-        roots.get(load.buffer, load.buffer) == target and (load.buffer != store.target or load.index != store.index)
+    own = [
+        load
         for root in (store.expr, *store.bind)
         for load in ex.loads(root)
-    )
+        if roots.get(load.buffer, load.buffer) == target
+    ]
+    if not own:
+        return False
+    if any(load.buffer != store.target or load.bind or load.index != store.index for load in own):
+        return True
+    return any(size != 1 and not _has_own_place(var, store) for var, size in store.axes)
+
+
+def _has_own_place(var: sympy.Symbol, store: Store) -> bool:
+    """Whether some entry of the index moves with this axis alone, so that no position is written twice along it."""
+    others = {other for other, _ in store.axes if other != var}
+    moved = (at for at in store.index if var in at.free_symbols and not at.free_symbols & others)
+    return any(at.is_polynomial(var) for at in moved)
 
 
 def detach_overlapping_stores(graph: Graph, ctx: Context) -> Graph:

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from dcompile.runtime.comm import _quarantine
+from dcompile.runtime.comm import never_ended
 
 
 class RankFailed(AssertionError):
@@ -201,7 +201,7 @@ def _rank_main(
         if not together:
             os._exit(0)
         dist.barrier()
-        if _quarantine:  # a collective that never ended: its group cannot be taken down
+        if never_ended():  # its group cannot be taken down
             os._exit(0)
         dist.destroy_process_group()
     except BaseException:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from dcompile.analyse.flops import Work, work
+from dcompile.analyse.flops import SOFTMAX_FLOPS, Work, work
 from dcompile.collectives.text import parse_graph
 from dcompile.ir.graph import Graph
 from dcompile.ir.nodes import Extern, Literal, Ref
@@ -141,6 +141,16 @@ def test_library_arithmetic_agrees_with_pytorch(call: tuple[Any, ...]) -> None:
     if "for_cpu" in str(call[0]) and theirs == 0:  # PyTorch does not count this one in every release
         theirs = 2 * 2 * 2 * 3 * 8 * 12 * 16
     assert ours == theirs > 0
+
+
+def test_attention_has_a_softmax_beside_its_products() -> None:
+    call = "_scaled_dot_product_flash_attention_for_cpu.default(%q, %k, %v)"
+    found = last(
+        "graph g(q: f32[2, 3, 8, 16], k: f32[2, 3, 12, 16], v: f32[2, 3, 12, 16]) {\n"
+        f" z: f32[2, 3, 8, 16] = extern aten.{call}\n return %z\n}}\n"
+    )
+    assert found.flops == SOFTMAX_FLOPS * 2 * 3 * 8 * 12
+    assert found.matmul_flops == 2 * 2 * 2 * 3 * 8 * 12 * 16
 
 
 def test_convolution_backward_is_two_convolutions() -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import random
+import re
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from dcompile.analyse import verify as verifier
 from dcompile.analyse.verify import verify
 from dcompile.collectives.text import parse_graph
 from dcompile.plan import Home, Slot, Storage
@@ -336,3 +340,10 @@ def test_five_thousand_steps_take_about_a_second() -> None:
         verify(plan, plan.graph)
         seconds.append(time.process_time() - begin)
     assert min(seconds) < 2.0, f"{min(seconds):.2f} s"
+
+
+def test_every_rule_has_a_seeded_bug_of_its_own() -> None:
+    rules = re.findall(r"^- (V\d+) ", inspect.getdoc(verifier) or "", flags=re.MULTILINE)
+    tests = "".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
+    assert len(rules) == 14
+    assert [rule for rule in rules if f'"{rule}"' not in tests] == []

@@ -14,6 +14,7 @@ from dcompile.analyse.context import Context
 from dcompile.analyse.cost import CostModel
 from dcompile.analyse.dependence import predecessors
 from dcompile.analyse.verify import verify
+from dcompile.collectives.text import parse_graph
 from dcompile.errors import CompilerBug
 from dcompile.ir.graph import Graph
 from dcompile.options import Options
@@ -114,6 +115,39 @@ def test_every_legal_order_keeps_the_numbers_and_has_a_safe_plan(graph: Graph, s
     shuffled = reorder(kernels, random_order(kernels, seed))
     assert_same_results(graph, shuffled)
     checked_plan(shuffled, context())
+
+
+@pytest.mark.parametrize(
+    "store",
+    [
+        "store add t (i0: 2) [q0 | q0 = at[0] % 2:i64] = neg(t[q0 | q0 = wrap_index(at[0] % 2:i64, 2:i64)])",
+        "store set t (i0: 2) [q0 | q0 = at[0] % 2:i64] = t[q0 | q0 = at[0] % 2:i64] + 1.0:f32",
+        "store add t (i0: 2) [1] = t[1]",
+    ],
+)
+def test_a_store_that_meets_a_position_twice_reads_it_as_it_was(store: str) -> None:
+    """Found by the long run: iterations one after another read what the one before them wrote."""
+    before = parse_graph(f"""
+    graph f(x: f32[2], at: i64[1]) {{
+      t: f32[2] = pack (x)
+      y: f32[2] = {store}
+      return %y
+    }}""").check()
+    assert_same_results(before, kernels_of(before, context()))
+
+
+def test_a_kernel_does_not_work_in_place_on_what_it_writes_as_a_target() -> None:
+    """Found by the long run: the copy and the next version of ``t`` were given the same bytes."""
+    before = parse_graph("""
+    graph f(x: f32[1, 2]) {
+      t: f32[2] = pack (x)
+      a: f32[2] = pointwise (i0: 2) t[i0]
+      p: pending (r: f32[4]) = start all_gather (a) @g0[2]
+      t2: f32[2] = store set t (i0: 2) [i0] = t[i0]
+      r: f32[4] = wait p
+      return %r
+    }""").check()
+    checked_plan(kernels_of(before, context()), context())
 
 
 @settings(max_examples=10)
