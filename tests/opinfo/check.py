@@ -205,13 +205,13 @@ def check_operator(name: str, dtype: torch.dtype, count: int, folder: Path, vari
     return finish(prepared)
 
 
-def prepare(name: str, dtype: torch.dtype, count: int, batch: Batch, variant: str = "") -> Prepared:
-    """Run ``count`` samples in eager mode and trace them; ``batch`` holds their programs."""
+def prepare(name: str, dtype: torch.dtype, count: int, batch: Batch, variant: str = "", beyond: int = 0) -> Prepared:
+    """Run ``count`` samples in eager mode and trace them; ``batch`` holds their programs. See ``samples``."""
     in_place, dynamic = variant == "in_place", variant == "dynamic"
     grad = not in_place and OPERATORS[name].supports_autograd and dtype.is_floating_point
     report = Report(name)
     prepared = Prepared(report, grad)
-    for sample in samples(name, dtype, count, grad, in_place):
+    for sample in samples(name, dtype, count, grad, in_place, beyond):
         try:
             want = run(sample.function, sample.fresh(grad))
         except Exception:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice, pairwise
 from typing import Any
@@ -69,18 +69,25 @@ def _distinct(tensor: Tensor) -> bool:
     return all(s >= 1 for s, _ in sides) and all(a[0] * a[1] <= b[0] for a, b in pairwise(sides))
 
 
-def samples(name: str, dtype: torch.dtype, count: int, grad: bool, in_place: bool = False) -> list[Sample]:
-    """At most ``count`` of the operator's sample calls, always the same ones."""
+def samples(
+    name: str, dtype: torch.dtype, count: int, grad: bool, in_place: bool = False, beyond: int = 0
+) -> list[Sample]:
+    """At most ``count`` of the operator's sample calls, always the same ones; less those of a count of ``beyond``."""
     op = OPERATORS[name]
     function = op.get_inplace() if in_place else op.get_op()
     torch.manual_seed(zlib.crc32(name.encode()))
     found = enumerate(islice(op.sample_inputs("cpu", dtype, requires_grad=grad), CONSIDERED))
     usable = ((n, s) for n, s in found if not (in_place and s.broadcasts_input))
-    chosen = islice(usable, 1) if count == 1 else _spread(list(usable), count)
+    if count == 1:
+        chosen = list(islice(usable, 1))
+    else:
+        every = list(usable)
+        known = {n for n, _ in _spread(every, beyond)}
+        chosen = [(n, s) for n, s in _spread(every, count) if n not in known]
     return [sample_of(f"{name}[{n}]", function, s) for n, s in chosen]
 
 
-def _spread(items: Sequence[Any], count: int) -> Iterable[Any]:
+def _spread(items: Sequence[Any], count: int) -> Sequence[Any]:
     if len(items) <= count:
         return items
     return [items[k * len(items) // count] for k in range(count)]

@@ -84,7 +84,9 @@ def read_table(path: Path) -> dict[str, Row]:
     return rows
 
 
-def check_together(names: Sequence[str], dtype: torch.dtype, count: int, variant: str) -> list[Report]:
+def check_together(
+    names: Sequence[str], dtype: torch.dtype, count: int, variant: str = "", beyond: int = 0
+) -> list[Report]:
     """Check some operators, their kernels in one translation unit: the C++ compiler starts once."""
     with tempfile.TemporaryDirectory() as folder:
         batch = Batch(Path(folder))
@@ -92,7 +94,7 @@ def check_together(names: Sequence[str], dtype: torch.dtype, count: int, variant
         for name in names:
             print(f"TRACE {name}", flush=True)
             try:
-                prepared.append(prepare(name, dtype, count, batch, variant))
+                prepared.append(prepare(name, dtype, count, batch, variant, beyond))
             except Exception as error:
                 prepared.append(Prepared(Report(name, failures=[f"{name}: {summary(error)}"]), False))
         batch.build()
@@ -122,6 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("patterns", nargs="*", default=["*"])
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--count", type=int, default=3)
+    parser.add_argument("--beyond", type=int, default=0, help="leave out the samples that this count has")
     parser.add_argument("--variant", choices=("", "in_place", "dynamic"), default="")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--table", type=Path)
@@ -130,7 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     names = [n for n in eligible(dtype) if any(fnmatch(n, p) for p in given.patterns)]
     if given.variant == "in_place":
         names = [n for n in names if OPERATORS[n].get_inplace() is not None]
-    check = partial(check_together, dtype=dtype, count=given.count, variant=given.variant)
+    check = partial(check_together, dtype=dtype, count=given.count, variant=given.variant, beyond=given.beyond)
     groups = [names[n : n + TOGETHER] for n in range(0, len(names), TOGETHER)]
     if given.jobs == 1:
         found = list(map(check, groups))
