@@ -28,6 +28,7 @@ from dcompile.capture.opaque import lift_opaque
 from dcompile.capture.origins import mark_sources
 from dcompile.capture.partition import RETURNED, partition
 from dcompile.capture.regather import gather_before_use
+from dcompile.capture.rejections import reject
 from dcompile.capture.user_kernels import attach_kernels
 
 GraphKind = Literal["inference", "forward", "backward"]
@@ -99,6 +100,7 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any], compile_graph: Co
 
         return compile_one
 
+    reject(gm)
     functionalise_collectives(gm)
     prefer_channels_last(gm, example_inputs)
     # Saved activations are owned by autograd: not donated to the backward program, so that a graph can be retained.

@@ -15,7 +15,7 @@ from torch import _decomp
 from torch._decomp import core_aten_decompositions, get_decompositions
 from torch._ops import OpOverload, OpOverloadPacket
 
-from dcompile.capture.pieces import flat_indexing, random_pieces, view_copies
+from dcompile.capture.pieces import channels_last_unpooling, flat_indexing, random_pieces, view_copies
 
 aten = torch.ops.aten
 
@@ -101,7 +101,7 @@ def decompositions() -> Table:
     for overload in _overloads(KEPT):
         table.pop(overload, None)
     table.update(get_decompositions(list(_overloads(BROKEN_UP))))
-    table.update(view_copies() | flat_indexing() | random_pieces())
+    table.update(view_copies() | flat_indexing() | random_pieces() | channels_last_unpooling())
     return table
 
 

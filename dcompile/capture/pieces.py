@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 
 aten = torch.ops.aten
 
@@ -56,6 +57,18 @@ def _put(x: Tensor, places: Tensor, source: Tensor, accumulate: bool = False) ->
         return NotImplemented
     values = source.reshape(places.shape)
     return aten.index_put.default(x.reshape(-1), [places], values, accumulate).reshape(x.shape)
+
+
+def channels_last_unpooling() -> dict[Any, Callable[..., Any]]:
+    """The op whose fake implementation forgets that the result is laid out like the operand."""
+    return {aten.max_unpool2d.default: _max_unpool2d}
+
+
+def _max_unpool2d(x: Tensor, places: Tensor, size: Any) -> Any:
+    if x.dim() != 4 or suggest_memory_format(x) is not torch.channels_last:
+        return NotImplemented
+    plain = [t.clone(memory_format=torch.contiguous_format) for t in (x, places)]
+    return aten.max_unpool2d.default(*plain, size).clone(memory_format=torch.channels_last)
 
 
 def random_pieces() -> dict[Any, Callable[..., Any]]:

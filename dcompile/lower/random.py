@@ -5,11 +5,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from dcompile.errors import Unsupported
 from dcompile.ir.expr import Expr, const, load, op
+from dcompile.ir.nodes import Extern, Ref
 from dcompile.ir.types import DType, Value
 from dcompile.lower.builder import SEED_NAMES, Lowering
 from dcompile.lower.creation import ramp
-from dcompile.lower.pointwise import elementwise
+from dcompile.lower.pointwise import elementwise, literal
+from dcompile.lower.reduction import fold
 from dcompile.lower.table import NoRule, rule
 
 
@@ -61,16 +64,43 @@ def _kept(b: Lowering, out: Value, probability: Any) -> Value:
 
 @rule("bernoulli.p")
 def bernoulli_p(b: Lowering, x: Value, p: Any = 0.5, generator: Any = None) -> Value:
+    """True with probability ``p``.
+
+    Raises:
+        Unsupported: ``p`` is no probability; eager rejects it too.
+    """
     if generator is not None:
         raise NoRule
+    if isinstance(p, int | float) and not 0 <= p <= 1:
+        raise Unsupported(b.origin, f"bernoulli with probability {p}", "give a number between 0 and 1")
     return _kept(b, b.out, p)
 
 
-@rule("bernoulli")
-def bernoulli(b: Lowering, x: Value, generator: Any = None) -> Value:
+@rule("bernoulli", "bernoulli.Tensor")
+def bernoulli(b: Lowering, x: Value, p: Value | None = None, generator: Any = None) -> Value:
     if generator is not None:
         raise NoRule
-    return _kept(b, b.out, x)
+    chances = x if p is None else p
+    _assert_probabilities(b, chances)
+    return _kept(b, b.out, chances)
+
+
+def _assert_probabilities(b: Lowering, p: Value) -> None:
+    """The program raises where a number in ``p`` is no probability. Only on the CPU: on a GPU such a check would stop
+    the device for good, as eager's does."""
+    if p.device != "cpu":
+        return
+    wrong = b.temp("wrong", DType.BOOL, p.shape, p.device)
+
+    def outside(v: Expr) -> Expr:  # true of NaN too
+        return op("not", op("and", op("ge", v, literal(v, 0)), op("le", v, literal(v, 1))))
+
+    elementwise(b, outside, p, out=wrong, dtype=p.dtype)
+    dims = range(len(p.shape))
+    found = fold(b, b.temp("found", DType.BOOL, (), p.device), "any", wrong, dims, DType.BOOL)
+    every = b.pointwise(b.temp("every", DType.BOOL, (), p.device), op("not", load(found.name, (), DType.BOOL)))
+    message = f"bernoulli: a probability is not between 0 and 1 ({b.origin.source})"
+    b.emit(Extern(outs=(), op="aten._assert_async.msg", args=(Ref(every.name), message), effect=True, origin=b.origin))
 
 
 @rule("native_dropout")

@@ -76,16 +76,25 @@ def index_put(b: Lowering, x: Value, indices: Any, values: Value, accumulate: bo
 
 @rule("index_add", "index_add_")
 def index_add(b: Lowering, x: Value, dim: Any, places: Value, source: Value, alpha: Any = 1) -> Value:
-    if not x.shape or not places.shape or alpha != 1 or x.dtype is DType.BOOL:
+    if not x.shape or not places.shape or alpha != 1 or x.dtype is DType.BOOL or not _fitting(x, dim, places, source):
         raise NoRule
     return _index_write(b, x, dim, places, b.element(source, source.shape, x.dtype), source.shape, "add")
 
 
 @rule("index_copy", "index_copy_")
 def index_copy(b: Lowering, x: Value, dim: Any, places: Value, source: Value) -> Value:
-    if not x.shape or not places.shape:
+    if not x.shape or not places.shape or not _fitting(x, dim, places, source):
         raise NoRule
     return _index_write(b, x, dim, places, b.element(source, source.shape, x.dtype), source.shape, "set")
+
+
+def _fitting(x: Value, dim: Any, places: Value, source: Value) -> bool:
+    """Whether ``source`` has a slice of ``x`` for each place, as far as sizes are known. The library reports others."""
+    wanted = [places.shape[0] if d == int(dim) % len(x.shape) else n for d, n in enumerate(x.shape)]
+    if len(source.shape) != len(wanted):
+        return False
+    pairs = zip(wanted, source.shape, strict=True)
+    return all(n == m for n, m in pairs if isinstance(n, int) and isinstance(m, int))
 
 
 def _index_write(

@@ -297,7 +297,7 @@ def repeat(b: Lowering, x: Value, repeats: Any) -> Value:
     here = loop_index(b.out.shape)[len(b.out.shape) - len(x.shape) :]
     times = repeats[len(repeats) - len(x.shape) :]
     index = [
-        ZERO if n == 1 else var if k == 1 else Mod(var, sympy.sympify(n))
+        ZERO if n in (0, 1) else var if k == 1 else Mod(var, sympy.sympify(n))
         for var, n, k in zip(here, x.shape, times, strict=True)
     ]
     return _gathered(b, x, index)

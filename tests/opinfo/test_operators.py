@@ -21,7 +21,14 @@ import torch
 
 import dcompile
 from tests.opinfo.check import Report, check_operator, check_rejections, differs, draws, run
-from tests.opinfo.known import END_TO_END, FAILING, UNINITIALISED, UNTRACEABLE, UNTRACEABLE_SYMBOLIC
+from tests.opinfo.known import (
+    END_TO_END,
+    FAILING,
+    UNINITIALISED,
+    UNTRACEABLE,
+    UNTRACEABLE_IN_PLACE,
+    UNTRACEABLE_SYMBOLIC,
+)
 from tests.opinfo.operators import OPERATORS, eligible, samples
 from tests.opinfo.sweep import read_table
 
@@ -82,7 +89,7 @@ def test_operator(case: Case, tmp_path: Path, request: pytest.FixtureRequest) ->
 def _check_untraceable(case: Case, report: Report) -> None:
     """What AOTAutograd itself cannot trace is known by name, and no operator is in that list without need."""
     if report.untraceable:
-        known = UNTRACEABLE | (UNTRACEABLE_SYMBOLIC if case.variant == "dynamic" else {})
+        known = UNTRACEABLE | {"dynamic": UNTRACEABLE_SYMBOLIC, "in_place": UNTRACEABLE_IN_PLACE}.get(case.variant, {})
         assert case.name in known, f"not traceable: {report.untraceable}"
     elif case.dtype == "float32" and not case.variant and case.count == FULL_SAMPLES:
         assert case.name not in UNTRACEABLE, f"{case.name} is traceable now"

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 import dcompile
 from dcompile.capture.decompositions import BROKEN_UP, KEPT, decompositions
-from dcompile.capture.pieces import flat_indexing, random_pieces, view_copies
+from dcompile.capture.pieces import channels_last_unpooling, flat_indexing, random_pieces, view_copies
 from dcompile.lower.table import RULES
 
 aten = torch.ops.aten
@@ -96,6 +96,16 @@ def test_copies_of_views_are_contiguous() -> None:
         assert torch.equal(found, expected)
         assert found.stride() == expected.stride()
     assert all(part.is_contiguous() for part in pieces[aten.split_copy.Tensor](x.mT, 2, 1))
+
+
+def test_unpooling_keeps_the_layout_of_its_operand() -> None:
+    unpool = channels_last_unpooling()[aten.max_unpool2d.default]
+    x, places = torch.nn.functional.max_pool2d(torch.randn(2, 3, 6, 8), 2, return_indices=True)
+    assert unpool(x, places, [6, 8]) is NotImplemented
+    last = [t.contiguous(memory_format=torch.channels_last) for t in (x, places)]
+    found, expected = unpool(*last, [6, 8]), aten.max_unpool2d.default(*last, [6, 8])
+    assert torch.equal(found, expected)
+    assert found.stride() == expected.stride() != expected.contiguous().stride()
 
 
 def test_random_pieces_stay_in_their_ranges_and_follow_the_seed() -> None:

@@ -1,3 +1,4 @@
+import pytest
 import torch
 
 from dcompile.ir.nodes import Extern
@@ -56,8 +57,20 @@ def test_masks_differ_within_a_program_and_follow_the_generator() -> None:
 
 def test_one_draw_of_seeds_serves_all_random_ops() -> None:
     lowered = lower(trace(lambda x: (torch.rand_like(x), torch.randn(5), torch.bernoulli(x)), torch.rand(4)), "forward")
-    seeds = [node for node in lowered.graph.nodes if isinstance(node, Extern)]
-    assert [(node.op, node.args, node.effect) for node in seeds] == [("dcompile.seeds", (3,), True)]
+    calls = [node for node in lowered.graph.nodes if isinstance(node, Extern) and node.op.startswith("dcompile.")]
+    assert [(node.op, node.args, node.effect) for node in calls] == [("dcompile.seeds", (3,), True)]
+
+
+@pytest.mark.parametrize("wrong", [1.5, -0.25, float("nan")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_no_probability_is_rejected(wrong: float, dtype: torch.dtype) -> None:
+    chances = torch.tensor([0.5, 0.0, wrong, 1.0], dtype=dtype)
+    with pytest.raises(RuntimeError):
+        torch.bernoulli(chances)
+    with pytest.raises(RuntimeError, match="bernoulli: a probability is not between 0 and 1"):
+        draw(torch.bernoulli, chances)
+    with pytest.raises(RuntimeError, match="bernoulli with probability"):
+        draw(lambda x: aten.bernoulli.p(x, wrong), chances)
 
 
 def test_distributions() -> None:

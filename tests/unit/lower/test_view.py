@@ -127,6 +127,10 @@ def test_views_compute_nothing() -> None:
     assert {type(node) for node in graph.nodes} == {View}
 
 
+def test_nothing_is_repeated() -> None:
+    check(lambda x: (x.repeat(2, 3, 2), x.t().repeat(2, 0)), randn(0, 3))
+
+
 def test_views_of_nothing() -> None:
     check(lambda x: (x.view(5, 0), x.permute(1, 0) + 1, x[:, :2]), randn(0, 3))
 
