@@ -36,7 +36,7 @@ from tests.opinfo.operators import OPERATORS, eligible, samples
 
 KERNEL = re.compile(r"\bcpp_\w+\(")
 LIBRARY = re.compile(r"\b(?:extern_kernels\.\w+|(?:torch\.ops\.)?(?:aten|prims|mkldnn|mkl|quantized|onednn)\.[\w.]+)\(")
-ALLOCATION = re.compile(r"\baten\.(?:empty|new_empty|resize)\w*")
+ALLOCATION = re.compile(r"\baten\.(?:new_)?empty\w*")
 
 
 def count_calls(program: str) -> tuple[int, list[str]]:

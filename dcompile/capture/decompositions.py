@@ -40,7 +40,6 @@ KEPT: dict[str, str] = {
     "_adaptive_avg_pool2d": "one fold over the window",
     "adaptive_max_pool2d": "one fold over the window",
     "adaptive_max_pool3d": "one fold over the window",
-    "max_unpool2d": "one scatter",
     "max_unpool3d": "one scatter",
     "index_add": "one scatter-add lowering rule, accumulating in one pass",
     "bernoulli": "drawn by the lowering's generator",

@@ -31,6 +31,9 @@ from dcompile.watch import Watch
 
 Functions = Mapping[str, Callable[..., int]]
 
+ALLOCATIONS = ("aten.empty.", "aten.empty_strided.")
+"""Library calls that compute nothing."""
+
 
 @dataclass
 class Program:
@@ -38,7 +41,7 @@ class Program:
 
     Attributes:
         launches, library_calls: steps of one call.
-        externs, fallbacks: library calls, and those made for want of a rule, by op.
+        externs, fallbacks: library calls, allocations aside, and those made for want of a rule, by op.
     """
 
     name: str
@@ -55,7 +58,8 @@ class Program:
 
     @property
     def externs(self) -> Counter[str]:
-        return Counter(n.op for n in self.plan.graph.nodes if isinstance(n, Extern))
+        calls = [n.op for n in self.plan.graph.nodes if isinstance(n, Extern)]
+        return Counter(op for op in calls if not op.startswith(ALLOCATIONS))
 
     @property
     def fallbacks(self) -> Counter[str]:

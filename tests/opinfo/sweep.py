@@ -7,6 +7,7 @@ a pattern is a shell pattern of operator names. ``--table docs/operators.md`` al
 from __future__ import annotations
 
 import argparse
+import json
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from tests.opinfo.batch import Batch
 from tests.opinfo.check import Prepared, Report, finish, prepare, summary
 from tests.opinfo.operators import OPERATORS, eligible
 
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+
 TOGETHER = 12
 """Operators whose kernels share a translation unit."""
 
@@ -30,8 +33,9 @@ Every operator of PyTorch's own database (`torch.testing._internal.common_method
 float32, compiled for the CPU and compared with eager, forward and backward. Written by
 `python -m tests.opinfo.sweep --table docs/operators.md`; do not edit.
 
-Samples that agree, kernel launches and library calls of all their graphs, and the library calls that stand for a
-missing rule. A sample that AOTAutograd cannot trace counts as split: `torch.compile` runs it in pieces.
+Samples that agree, kernel launches and library calls (allocations aside) of all their graphs, and the library calls
+that stand for a missing rule. A sample that AOTAutograd cannot trace counts as split: `torch.compile` runs it in
+pieces.
 
 """
 COLUMNS = "| operator | agree | fail | split | kernels | library | no rule |\n|---|--:|--:|--:|--:|--:|---|\n"
@@ -62,11 +66,28 @@ def write_table(path: Path, reports: Iterable[Report]) -> None:
     rows = [row for name, row in sorted(known.items()) if name in OPERATORS]
     alone = sum(row.only_library for row in rows)
     sums = f"{len(rows)} operators, {sum(row.failures > 0 for row in rows)} with a failing sample, "
-    sums += f"{sum(row.split > 0 for row in rows)} with a split one, {alone} that only call the library.\n\n"
+    sums += f"{sum(row.split > 0 for row in rows)} with a split one, {alone} that only call the library.\n"
+    sums += f"{_beside_inductor(rows)}\n"
     lines = [
         f"| {r.name} | {r.ok} | {r.failures} | {r.split} | {r.kernels} | {r.library} | {r.fallbacks} |" for r in rows
     ]
     path.write_text(HEAD + sums + COLUMNS + "\n".join(lines) + "\n")
+
+
+def _beside_inductor(rows: Sequence[Row]) -> str:
+    """A sentence about the same operators compiled by Inductor, as far as they have been measured."""
+    measured = sorted(RESULTS.glob("*-operator_kernels.json"))
+    if not measured:
+        return ""
+    found = json.loads(measured[-1].read_text())
+    theirs = {name: row for name, row in found["operators"].items() if "error" not in row}
+    both = [row for row in rows if row.name in theirs and not row.split]
+    alone = sum(theirs[row.name]["kernels"] == 0 and bool(theirs[row.name]["library"]) for row in both)
+    ours = sum(row.only_library for row in both)
+    return (
+        f"\nOf {len(both)} operators that Inductor was measured with too (`benchmarks/operator_kernels.py`, torch "
+        f"{found['torch']}, {found['date']}),\n{ours} only call the library here and {alone} there.\n"
+    )
 
 
 def _row(r: Report) -> Row:

@@ -23,6 +23,14 @@ def test_products_write_into_planned_memory() -> None:
 
 
 @pytest.mark.parametrize("symbolic", [False, True])
+def test_outer_products_are_loops(symbolic: bool) -> None:
+    x, y = randn(3, 4, 1), randn(3, 1, 5, seed=1)
+    graph = check(lambda x, y: (torch.bmm(x, y), torch.mm(x[0], y[1])), x, y, symbolic=symbolic)
+    assert externs(graph) == []
+    check(lambda x, y: torch.bmm(x, y), x.bfloat16(), y.bfloat16())
+
+
+@pytest.mark.parametrize("symbolic", [False, True])
 def test_batched_products(symbolic: bool) -> None:
     x, y, z = randn(2, 3, 4), randn(2, 4, 5, seed=1), randn(2, 3, 5, seed=2)
     check(lambda x, y, z: (torch.bmm(x, y), torch.baddbmm(z, x, y, beta=2), x @ y), x, y, z, symbolic=symbolic)

@@ -149,15 +149,13 @@ def test_a_write_through_a_view_reaches_the_base() -> None:
     check(function, randn(4, 5), randn(4, 2, seed=1))
 
 
-@pytest.mark.parametrize("name", ["index_add", "index_copy"])
 @pytest.mark.parametrize("shape", [(2,), (3, 3), (2, 2), (3, 2, 1)])
-def test_a_source_that_does_not_fit_is_reported_by_the_library(name: str, shape: tuple[int, ...]) -> None:
+def test_a_source_that_does_not_fit_is_reported_by_the_library(shape: tuple[int, ...]) -> None:
     """Into rows 0, 1, 0 of a matrix of three by two."""
-    op = getattr(aten, name).default
     args = (randn(3, 2), torch.tensor([0, 1, 0]), randn(*shape))
 
     def write(x: torch.Tensor, i: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return op(x, 0, i, v)
+        return aten.index_add(x, 0, i, v)
 
     with pytest.raises((RuntimeError, IndexError)) as eager:
         write(*args)

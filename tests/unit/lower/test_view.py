@@ -127,6 +127,11 @@ def test_views_compute_nothing() -> None:
     assert {type(node) for node in graph.nodes} == {View}
 
 
+def test_resizing_keeps_the_elements_in_order() -> None:
+    graph = check(lambda x: torch.ops.aten.resize.default(x, [4, 3]), randn(2, 6))
+    assert [type(node) for node in graph.nodes] == [Pointwise]
+
+
 def test_nothing_is_repeated() -> None:
     check(lambda x: (x.repeat(2, 3, 2), x.t().repeat(2, 0)), randn(0, 3))
 
