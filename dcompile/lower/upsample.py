@@ -7,12 +7,12 @@ gradient is a sum over a short window and nothing is added atomically.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
 import sympy
-import torch
 
 from dcompile.ir.expr import Expr, const, index, load, masked, op, to
 from dcompile.ir.index import FloorDiv
@@ -59,12 +59,12 @@ class Stretch:
 
     def window(self) -> tuple[int, int]:
         """First output of a window less ``base``, and the length that all windows fit in."""
-        outputs = torch.arange(self.count)
-        at = (outputs.double() * self.step + self.shift).clamp(0, self.size - 1)
-        both = torch.cat([at.floor(), at.ceil()]).long()  # what float32 rounds past a position weighs next to nothing
-        away = outputs.repeat(2) - both * self.ratio.numerator // self.ratio.denominator
-        first = int(away.min())
-        return first, int(away.max()) - first + 1
+        away, ratio = [], self.ratio
+        for output in range(self.count):
+            at = min(max(output * self.step + self.shift, 0), self.size - 1)
+            for near in (math.floor(at), math.ceil(at)):  # what float32 rounds past a position weighs next to nothing
+                away.append(output - near * ratio.numerator // ratio.denominator)
+        return min(away), max(away) - min(away) + 1
 
     def weight(self, o: sympy.Expr, i: sympy.Expr, dtype: DType) -> Expr:
         """With what weight input ``i`` enters output ``o``, in ``dtype``."""

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dcompile.lower.upsample import Stretch
 from tests.unit.lower.harness import check
@@ -63,3 +64,8 @@ def test_windows_hold_every_output_with_a_weight(size: int, count: int, corners:
 
 def test_windows_of_a_doubling_hold_four_outputs() -> None:
     assert Stretch.of(48, 96, False, 2.0).window()[1] == 4
+
+
+def test_windows_are_known_while_tensors_are_fake() -> None:
+    with FakeTensorMode():
+        assert Stretch.of(48, 96, False, 2.0).window()[1] == 4
