@@ -14,7 +14,7 @@ import json
 import platform
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import date
 from fnmatch import fnmatch
@@ -110,8 +110,16 @@ def main() -> None:
     alone = [name for name, row in found.items() if row.get("kernels") == 0 and row["library"]]
     print(f"{len(found)} operators, {len(alone)} only call the library: {' '.join(alone)}")
     if given.out is not None:
-        about = {"date": str(date.today()), "torch": torch.__version__, "python": platform.python_version()}
-        given.out.write_text(json.dumps({**about, "sample": "first, float32", "operators": found}, indent=1) + "\n")
+        given.out.write_text(report(found))
+
+
+def report(found: Mapping[str, dict[str, Any]]) -> str:
+    """The results as JSON, an operator a line."""
+    about = {"date": str(date.today()), "torch": torch.__version__, "python": platform.python_version()}
+    about["sample"] = "first of each operator, float32, forward and backward; programs read, not run"
+    head = "".join(f" {json.dumps(key)}: {json.dumps(value)},\n" for key, value in about.items())
+    rows = ",\n".join(f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in found.items())
+    return f'{{\n{head} "operators": {{\n{rows}\n }}\n}}\n'
 
 
 if __name__ == "__main__":

@@ -67,27 +67,36 @@ def write_table(path: Path, reports: Iterable[Report]) -> None:
     alone = sum(row.only_library for row in rows)
     sums = f"{len(rows)} operators, {sum(row.failures > 0 for row in rows)} with a failing sample, "
     sums += f"{sum(row.split > 0 for row in rows)} with a split one, {alone} that only call the library.\n"
-    sums += f"{_beside_inductor(rows)}\n"
+    seen = beside_inductor(rows)
+    sums += (
+        f"Of the {seen.measured} that Inductor was measured with too (`benchmarks/operator_kernels.py`, {seen.about}), "
+    )
+    sums += f"{seen.ours} only call the\nlibrary here and {seen.theirs} there.\n\n"
     lines = [
         f"| {r.name} | {r.ok} | {r.failures} | {r.split} | {r.kernels} | {r.library} | {r.fallbacks} |" for r in rows
     ]
     path.write_text(HEAD + sums + COLUMNS + "\n".join(lines) + "\n")
 
 
-def _beside_inductor(rows: Sequence[Row]) -> str:
-    """A sentence about the same operators compiled by Inductor, as far as they have been measured."""
-    measured = sorted(RESULTS.glob("*-operator_kernels.json"))
-    if not measured:
-        return ""
-    found = json.loads(measured[-1].read_text())
+@dataclass(frozen=True)
+class Comparison:
+    """Operators that Inductor was measured with too, and how many of them only call the library, here and there."""
+
+    measured: int
+    ours: int
+    theirs: int
+    about: str
+
+
+def beside_inductor(rows: Iterable[Row]) -> Comparison:
+    """The table beside the newest result of ``benchmarks/operator_kernels.py``. Split samples are left out."""
+    newest = max(RESULTS.glob("*-operator_kernels.json"))
+    found = json.loads(newest.read_text())
     theirs = {name: row for name, row in found["operators"].items() if "error" not in row}
     both = [row for row in rows if row.name in theirs and not row.split]
     alone = sum(theirs[row.name]["kernels"] == 0 and bool(theirs[row.name]["library"]) for row in both)
-    ours = sum(row.only_library for row in both)
-    return (
-        f"\nOf {len(both)} operators that Inductor was measured with too (`benchmarks/operator_kernels.py`, torch "
-        f"{found['torch']}, {found['date']}),\n{ours} only call the library here and {alone} there.\n"
-    )
+    about = f"torch {found['torch']}, {found['date']}"
+    return Comparison(len(both), sum(row.only_library for row in both), alone, about)
 
 
 def _row(r: Report) -> Row:

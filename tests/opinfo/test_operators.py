@@ -30,7 +30,7 @@ from tests.opinfo.known import (
     UNTRACEABLE_SYMBOLIC,
 )
 from tests.opinfo.operators import OPERATORS, eligible, samples
-from tests.opinfo.sweep import read_table
+from tests.opinfo.sweep import beside_inductor, read_table
 
 TABLE = Path(__file__).parents[2] / "docs" / "operators.md"
 FAST_SHARE = 5
@@ -39,8 +39,10 @@ FULL_SAMPLES = 6
 """Samples of each operator that the whole compiles in float32; of other dtypes and variants it takes the first."""
 BROAD = ("bfloat16", "int64", "bool")
 """dtypes tested besides float32, by the operators that take them."""
-LIBRARY_ONLY_LIMIT = 0.1
+LIBRARY_ONLY_LIMIT = 0.075
 """Largest share of operators without a generated kernel."""
+LEAST_MEASURED = 0.5
+"""Share of the operators that Inductor must have been measured with for the comparison to mean something."""
 
 
 @dataclass(frozen=True)
@@ -114,9 +116,13 @@ def test_from_end_to_end(name: str, tmp_path: Path) -> None:
 
 
 def test_the_share_of_operators_that_only_call_the_library_does_not_grow() -> None:
-    """The table lists every operator, none that fails without being known, and few without a kernel."""
+    """The table lists every operator, none that fails without being known, and few without a kernel: no more than
+    Inductor has."""
     rows = read_table(TABLE)
     assert set(rows) == set(eligible(torch.float32))
     assert sum(row.only_library for row in rows.values()) <= LIBRARY_ONLY_LIMIT * len(rows)
+    seen = beside_inductor(rows.values())
+    assert seen.measured >= LEAST_MEASURED * len(rows)
+    assert seen.ours <= seen.theirs
     failing = {name for name, row in rows.items() if row.failures}
     assert failing <= {case.removesuffix("-float32") for case in FAILING}
