@@ -74,11 +74,11 @@ def _name(target: Any) -> str:
 
 
 def _overlaps(value: torch.Tensor) -> bool:
-    """Whether elements certainly share memory: a dimension of stride 0 has several."""
+    """Whether elements share memory: a dimension of stride 0 has several. Sizes 0 and 1 are never symbols."""
     if value.layout is not torch.strided:
         return False
     pairs = zip(value.shape, value.stride(), strict=True)
-    return any(type(n) is int and n > 1 and type(step) is int and step == 0 for n, step in pairs)
+    return any(type(step) is int and step == 0 and (type(n) is not int or n > 1) for n, step in pairs)
 
 
 def _check_out(node: fx.Node) -> None:

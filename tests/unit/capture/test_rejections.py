@@ -41,6 +41,16 @@ def test_rejected_like_in_eager(name: str) -> None:
         torch.compile(REJECTED[name], backend="dcompile")(torch.randn(1, 3))
 
 
+def test_rejected_with_symbolic_sizes() -> None:
+    def program(x: Tensor, y: Tensor) -> Tensor:
+        return x.expand(y.shape[0], 3).add_(1)
+
+    with pytest.raises(RuntimeError):
+        program(torch.randn(1, 3), torch.randn(5))
+    with pytest.raises(RuntimeError, match="several elements share memory"):
+        torch.compile(program, backend="dcompile", dynamic=True)(torch.randn(1, 3), torch.randn(5))
+
+
 ACCEPTED: dict[str, Callable[[Tensor], object]] = {
     "one_element_a_place": lambda x: x.expand(1, 3).add_(1),
     "copy_of_it": lambda x: x.expand(4, 3).clone().add_(1),
