@@ -248,7 +248,7 @@ def _signature(
 def _programs(shape: Shape, launch: Launch, sizes: Mapping[sympy.Symbol, str]) -> str:
     """Python text of the number of programs."""
     parts = [_blocks(shape.outer, launch.block if shape.strips is None else 1, sizes)]
-    if shape.tiled and shape.inner is not None:
+    if (shape.tiled or shape.tiles is not None) and shape.inner is not None:
         parts.append(_blocks(shape.inner, launch.inner, sizes))
     return str(math.prod(map(int, parts))) if all(part.isdigit() for part in parts) else " * ".join(parts)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from dcompile.codegen.triton_scan import rule_function
+from dcompile.codegen.triton_scan import asked_at_once, look_back_functions, rule_function
 from dcompile.codegen.triton_text import literal, neutral, register_text, rounded, type_text
 from dcompile.codegen.triton_values import INNER, OUTER, Values, is_narrow
 from dcompile.errors import CompilerBug
@@ -26,6 +26,8 @@ class KernelPrinter(Values):
         """The lines of the body; ``program`` is the number of the program among those that run it."""
         total = product(tuple(size for _, size in self.shape.outer))
         program = program if is_narrow(total) else f"{program}.to(tl.int64)"
+        if self.shape.tiles is not None:
+            program = self._take_up_tile(self.shape.tiles.state, total)
         if self.shape.tiled and self.shape.inner is not None:
             self.line(f"tile = {program}")
             self.line(f"tiles = tl.cdiv({self._size(product(tuple(size for _, size in self.shape.inner)))}, R)")
@@ -34,6 +36,15 @@ class KernelPrinter(Values):
         self._enter("x", OUTER, self.shape.outer)
         self._statements(self.shape.body)
         return self.lines
+
+    def _take_up_tile(self, state: str, total: Size) -> str:
+        """Programs take tiles in the order in which they start, so that whoever a tile waits for has started."""
+        assert self.shape.inner is not None
+        narrow = is_narrow(product((total, *(size for _, size in self.shape.inner))))
+        self.line(f'turn = tl.atomic_add({state}, 1, sem="relaxed"){".to(tl.int32)" if narrow else ""}')
+        self.line(f"blocks = tl.cdiv({self._size(total)}, X)")
+        self.line("tile = turn // blocks")
+        return "(turn % blocks)"
 
     # positions
 
@@ -99,7 +110,8 @@ class KernelPrinter(Values):
         if self.launch.persistent:
             with self.scope(self._shared):
                 if self._shared is None:
-                    self.line("r = tl.arange(0, R)[None, :]")
+                    start = "tile * R + " if self.shape.tiles is not None else ""
+                    self.line(f"r = {start}tl.arange(0, R)[None, :]")
                     self._enter("r", INNER, axes)
                     self._shared = self.scopes[-1]
                 body()
@@ -161,7 +173,9 @@ class KernelPrinter(Values):
             names = ", ".join(running)
             values = running[0] if len(running) == 1 else f"({names})"
             self.line(f"{names} = tl.associative_scan({values}, 1, {rule})")
-            if not self.launch.persistent:
+            if stmt.tiles is not None:
+                self._join_tiles(stmt, rule, running, types)
+            elif not self.launch.persistent:
                 self._carry(rule, running, carried, types, bool(stmt.start))
             for name, result, expr in zip(stmt.names, running, stmt.exprs, strict=True):
                 self.dims[result] = frozenset({OUTER, INNER})
@@ -172,6 +186,32 @@ class KernelPrinter(Values):
                 self._write(write)
 
         self._inner(stmt.axes, block)
+
+    def _join_tiles(self, stmt: ScanLoop, rule: str, running: Sequence[str], types: Sequence[str]) -> None:
+        """What the tiles before this one come to enters its running values; those behind it are told."""
+        assert stmt.tiles is not None
+        if self.launch.inner != stmt.tiles.length:
+            raise CompilerBug(f"tiles of {stmt.tiles.length} positions in blocks of {self.launch.inner}")
+        tell, before = f"{rule}_tell", f"{rule}_before"
+        self.helpers += look_back_functions(rule, [_accumulated(e.dtype).compute for e in stmt.exprs])
+        extents = product(tuple(size for _, size in self.shape.outer)), stmt.axis[1]
+        for name, extent in zip(("rows", "length"), extents, strict=True):
+            text = self._size(extent)
+            cast = f"tl.full([], {text}, tl.int64)" if isinstance(extent, int) else f"tl.cast({text}, tl.int64)"
+            self.line(f"{name} = {cast}")
+        place = f"{stmt.tiles.state}, x, tile, tl.cdiv(length, R), rows"
+        sums, befores = [f"{name}_sum" for name in running], [f"{name}_before" for name in running]
+        for name, total in zip(running, sums, strict=True):
+            self.line(f"{total} = last_of_rows({name}, R)")
+        self.line(f"{tell}({place}, tile == 0, {', '.join(sums)})")
+        self.line(f"{', '.join(befores)} = {before}({place}, {asked_at_once(self.launch)})")
+        for of, names in (("told", sums), ("all", running)):
+            combined = [f"{name}_{of}" for name in running]
+            self.line(f"{', '.join(combined)} = {rule}({', '.join([*befores, *names])})")
+            for name, whole, kind in zip(names, combined, types, strict=True):
+                self.line(f"{name} = tl.where(tile == 0, {name}, {whole}).to({kind})")
+            if of == "told":
+                self.line(f"{tell}({place}, True, {', '.join(sums)})")
 
     def _carry(
         self, rule: str, running: Sequence[str], carried: Sequence[str], types: Sequence[str], neutral_start: bool

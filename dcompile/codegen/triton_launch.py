@@ -12,7 +12,20 @@ from dcompile.errors import CompilerBug
 from dcompile.ir import expr as ex
 from dcompile.ir.graph import hint
 from dcompile.ir.index import product
-from dcompile.ir.kernel import Fold, Kernel, Let, Nest, Role, ScanLoop, Scratch, Stmt, Write, expressions, statements
+from dcompile.ir.kernel import (
+    Fold,
+    Kernel,
+    Let,
+    Nest,
+    Role,
+    ScanLoop,
+    Scratch,
+    Stmt,
+    Tiles,
+    Write,
+    expressions,
+    statements,
+)
 from dcompile.ir.nodes import Axis
 from dcompile.ir.types import Size
 
@@ -112,6 +125,7 @@ class Shape:
             axis and the inner one, so that both are read and written along memory. In strips: a program takes a block
             of columns.
         strips: outer positions are strips of rows; ``body`` is that of one row.
+        tiles: of a scan whose inner range is divided among programs.
     """
 
     outer: tuple[Axis, ...]
@@ -121,6 +135,7 @@ class Shape:
     scratch: bool
     tiled: bool = False
     strips: Strips | None = None
+    tiles: Tiles | None = None
 
 
 def shape_of(kernel: Kernel) -> Shape:
@@ -148,7 +163,11 @@ def shape_of(kernel: Kernel) -> Shape:
         return Shape(rest, (last,), (Nest((last,), (Role.SIMD,), body),), False, False, tiled=True)
     if inner is not None:
         body = tuple(_over(stmt, inner) for stmt in body)
-    return Shape(outer, inner, body, column and inner is not None, any(isinstance(s, Scratch) for s in body))
+    tiles = next((s.tiles for s in ranges if isinstance(s, ScanLoop)), None)
+    if tiles is not None and len(ranges) > 1:
+        raise CompilerBug("a GPU kernel has other inner ranges beside a scan in tiles")
+    scratch = any(isinstance(s, Scratch) for s in body)
+    return Shape(outer, inner, body, column and inner is not None, scratch, tiles=tiles)
 
 
 def _strips(outer: tuple[Axis, ...], body: tuple[Stmt, ...]) -> Shape | None:
@@ -297,6 +316,10 @@ def _cut(shape: Shape, hints: Mapping[sympy.Symbol, int]) -> Launch:
         return _strip_cut(shape, shape.strips)
     if shape.tiled:
         return Launch(*TILE, False, TILE_WARPS)
+    if shape.tiles is not None:
+        width = min(COLUMN_WIDTH[-1], power_of_two(outer)) if shape.column else 1
+        length = shape.tiles.length
+        return Launch(width, length, True, _warps(width * length, 512))
     inner = _extent(shape.inner, hints)
     static = all(isinstance(size, int) for _, size in shape.inner)
     whole = power_of_two(inner)

@@ -153,6 +153,19 @@ def fold_argmin(a, i, b, j):
 
 
 @triton.jit
+def last_of_rows(x, COUNT: tl.constexpr):
+    """The last column of a block of COUNT, every bit of it."""
+    kept = tl.arange(0, COUNT)[None, :] == COUNT - 1
+    if x.dtype == tl.float32:
+        bits = tl.where(kept, x.to(tl.int32, bitcast=True), 0)
+        return tl.sum(bits, 1, keep_dims=True).to(tl.int32).to(tl.float32, bitcast=True)
+    if x.dtype == tl.float64:
+        bits = tl.where(kept, x.to(tl.int64, bitcast=True), 0)
+        return tl.sum(bits, 1, keep_dims=True).to(tl.float64, bitcast=True)
+    return tl.sum(tl.where(kept, x, 0), 1, keep_dims=True).to(x.dtype)
+
+
+@triton.jit
 def row_divisor(b):
     """What dividing many numbers by b takes: a power of two, b times it, and the finite reciprocal of that."""
     scale = tl.where(tl.abs(b) < 7.888609052210118e-31, 1.152921504606847e18, 1.0)

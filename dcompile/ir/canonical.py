@@ -196,4 +196,5 @@ class _Renamer:
         names = tuple(self.scalars[name] for name in scan.names)
         writes = tuple(self._write(w) for w in scan.writes)
         self.symbols, self.scalars = symbols, scalars
-        return ScanLoop(axes[0], names, exprs, scan.combine, scan.start, lets, writes)
+        tiles = replace(scan.tiles, state=self.buffers.get(scan.tiles.state, scan.tiles.state)) if scan.tiles else None
+        return ScanLoop(axes[0], names, exprs, scan.combine, scan.start, lets, writes, tiles)

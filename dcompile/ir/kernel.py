@@ -6,7 +6,8 @@ Grammar::
     stmt   = nest (axes: role) { stmt... }       # loops, outermost first
            | let name = expr                     # a scalar, visible until the end of the enclosing nest
            | fold (axes: role) name = kind expr  # reductions side by side over the same axes; names visible afterwards
-           | scan (axis) name = expr by rule     # running folds along one axis; names visible in its writes only
+           | scan (axis) name = expr by rule     # running folds along one axis; names visible in its writes only;
+                                                 # perhaps in tiles that tell each other what they come to
            | write mode buffer[address] = expr   # address in elements from the buffer's first element
            | scratch name[size]                  # memory private to one iteration of the enclosing nest
 
@@ -110,6 +111,18 @@ class Write:
 
 
 @dataclass(frozen=True)
+class Tiles:
+    """A scan cut into tiles of ``length`` neighbouring positions, which may be worked on side by side.
+
+    ``state`` is an out of the kernel, the next version of words (i64) that are all zero before: where tiles tell those
+    behind them what they come to (``ir.tiles``). What it holds afterwards is nobody's business.
+    """
+
+    length: int
+    state: str
+
+
+@dataclass(frozen=True)
 class ScanLoop:
     """Inclusive scans side by side along ``axis``, in order.
 
@@ -125,6 +138,7 @@ class ScanLoop:
     start: tuple[ex.Const, ...] = ()
     lets: tuple[Let, ...] = ()
     writes: tuple[Write, ...] = ()
+    tiles: Tiles | None = None
 
     @property
     def axes(self) -> tuple[Axis, ...]:

@@ -6,10 +6,11 @@ Grammar::
     stmt   = "nest" "(" role axis, ... ")" "{" stmt... "}"
            | "let" name "=" exprs
            | "fold" "(" role axis, ... ")" (acc | "{" (let | acc | write)... "}")
-           | "scan" "(" axis ")" "{" let... name, ... "=" "running" "(" exprs ")" rule write... "}"
+           | "scan" "(" axis ")" [tiles] "{" let... name, ... "=" "running" "(" exprs ")" rule write... "}"
            | write
            | "scratch" name ":" dtype "[" size "]"
     acc    = name, ... "=" kind exprs                                                # welford_merge: "(" exprs, ... ")"
+    tiles  = "in" size "through" name
     rule   = "by" "(" exprs, ... ")" ["from" "(" expr, ... ")"]                       # over left0, right0, left1, ...
     write  = "write" [mode] buffer [lets] "[" address [bind] "]" "=" expr            # mode "set" is not printed
 """
@@ -20,7 +21,7 @@ from collections.abc import Iterator
 
 from dcompile.ir import expr as ex
 from dcompile.ir.combine import left, right
-from dcompile.ir.kernel import Accumulator, Fold, Kernel, Let, Nest, Role, ScanLoop, Scratch, Stmt, Write
+from dcompile.ir.kernel import Accumulator, Fold, Kernel, Let, Nest, Role, ScanLoop, Scratch, Stmt, Tiles, Write
 from dcompile.ir.nodes import Axis
 from dcompile.ir.ops import REDUCTIONS, STORE_MODES, WELFORD
 from dcompile.ir.text_expr import print_bind, print_expr, print_expr_list, print_exprs
@@ -81,7 +82,8 @@ def _accumulator_text(acc: Accumulator) -> str:
 
 
 def _scan_lines(scan: ScanLoop) -> Iterator[str]:
-    yield f"scan ({print_axis(scan.axis)}) {{"
+    cut = f" in {scan.tiles.length} through {quote_name(scan.tiles.state)}" if scan.tiles else ""
+    yield f"scan ({print_axis(scan.axis)}){cut} {{"
     running = f"{print_names(scan.names)} = running {print_expr_list(scan.exprs)}{print_rule(scan.combine, scan.start)}"
     for line in (*map(_let_text, scan.lets), running, *map(_write_text, scan.writes)):
         yield _INDENT + line
@@ -200,6 +202,11 @@ def _read_scan(reader: Reader) -> ScanLoop:
     reader.expect("(")
     axis = reader.axis()
     reader.expect(")")
+    tiles = None
+    if reader.accept("in"):
+        length = reader.integer("the length of a tile")
+        reader.expect("through")
+        tiles = Tiles(length, reader.name("a buffer"))
     outer = reader.scalars
     reader.scalars = dict(outer)
     reader.expect("{")
@@ -216,7 +223,7 @@ def _read_scan(reader: Reader) -> ScanLoop:
         reader.expect("write")
         writes.append(_read_write(reader))
     reader.scalars = outer
-    return ScanLoop(axis, names, exprs, combine, start, tuple(lets), tuple(writes))
+    return ScanLoop(axis, names, exprs, combine, start, tuple(lets), tuple(writes), tiles)
 
 
 def _read_names(reader: Reader) -> tuple[str, ...]:

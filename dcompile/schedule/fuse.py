@@ -30,7 +30,7 @@ from dcompile.schedule.emit import PARALLEL_WORK, emit_kernel
 from dcompile.schedule.group import Group, Member
 from dcompile.schedule.loops import Domain, Form, coefficient, form_of, place
 from dcompile.schedule.one_hot import close_one_hot_sums
-from dcompile.schedule.scan import scan_kernel
+from dcompile.schedule.scan import scan_kernels
 from dcompile.schedule.special import drop_trivial_folds
 from dcompile.schedule.strips import strip_group
 
@@ -396,7 +396,7 @@ class _Grouping:
                 other_unit.ancestors |= added
 
     def nodes_in_order(self) -> tuple[Node, ...]:
-        """One node a unit, in dependence order, ties by program order."""
+        """The nodes of all units, in dependence order, ties by program order."""
         waiting: list[set[int]] = [set() for _ in self.units]
         followers: list[set[int]] = [set() for _ in self.units]
         for position, before in enumerate(self.before):
@@ -409,21 +409,23 @@ class _Grouping:
         ready = [(self.units[n].positions[0], n) for n in live if not waiting[n]]
         heapq.heapify(ready)
         nodes: list[Node] = []
+        placed = 0
         while ready:
             _, number = heapq.heappop(ready)
-            nodes.append(self._node(self.units[number]))
+            placed += 1
+            nodes += self._nodes(self.units[number])
             for follower in followers[number]:
                 waiting[follower].discard(number)
                 if not waiting[follower]:
                     heapq.heappush(ready, (self.units[follower].positions[0], follower))
-        if len(nodes) != len(live):
+        if placed != len(live):
             raise CompilerBug("fusion made a cycle")
         return tuple(nodes)
 
-    def _node(self, unit: _Unit) -> Node:
+    def _nodes(self, unit: _Unit) -> tuple[Node, ...]:
         if unit.group is None:
             node = self.graph.nodes[unit.positions[0]]
-            return scan_kernel(self.graph, node) if isinstance(node, Scan) else node
+            return scan_kernels(self.graph, node, self.ctx) if isinstance(node, Scan) else (node,)
         inside = set(unit.positions)
         needed = {
             name
@@ -433,4 +435,4 @@ class _Grouping:
             or name in self.graph.output_names
             or any(user not in inside for user in self.graph.users[name])
         }
-        return emit_kernel(self.graph, unit.group, needed)
+        return (emit_kernel(self.graph, unit.group, needed),)

@@ -85,7 +85,7 @@ def _cut(graph: Graph, node: Node, ctx: Context, reuse: bool) -> tuple[Reduction
     if not isinstance(node, Reduction) or node.kind in ARG_REDUCTIONS:
         return None
     processor = processor_of(node.out.device, ctx)
-    if not processor.multiprocessors or not _has_hints(graph, node):
+    if not processor.multiprocessors or not has_hints(graph, (*node.axes, *node.raxes)):
         return None
     hints = graph.size_hints
     reduced = hint(product(tuple(size for _, size in node.raxes)), hints)
@@ -115,10 +115,10 @@ def _in_strips(graph: Graph, node: Node, ctx: Context, finder: StripFinder) -> t
     return None if count is None else _by_blocks(graph, node, count, Hint.OUTER, exact=True)
 
 
-def _has_hints(graph: Graph, node: Reduction) -> bool:
+def has_hints(graph: Graph, axes: Sequence[Axis]) -> bool:
     """Whether every extent is a number or follows from sizes the caller passes."""
     given = {item.symbol for item in graph.inputs if isinstance(item, SizeInput)}
-    return all(isinstance(n, int) or n.free_symbols <= given for _, n in (*node.axes, *node.raxes))
+    return all(isinstance(n, int) or n.free_symbols <= given for _, n in axes)
 
 
 def _rows_of_operands(graph: Graph, node: Reduction, reduced: int) -> int | None:

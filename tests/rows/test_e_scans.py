@@ -8,9 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from dcompile.analyse.context import Context
+from dcompile.analyse.cost import CostModel
+from dcompile.collectives.text import parse_graph, print_graph
+from dcompile.ir.graph import Graph
 from dcompile.ir.kernel import Kernel, ScanLoop, statements
 from dcompile.ir.nodes import Extern, Scan
 from dcompile.lower import lower
+from dcompile.options import Options
+from dcompile.reference import run_reference
+from dcompile.schedule.fuse import fuse
 from tests.rows.check import Seen, chk
 from tests.unit.lower.harness import trace
 
@@ -83,3 +90,49 @@ def test_long_sums_are_as_accurate_as_eager() -> None:
     exact = x.double().cumsum(0)
     error = ((seen.result.double() - exact) / exact).abs().max()
     assert error <= ((x.cumsum(0).double() - exact) / exact).abs().max() * 1.5
+
+
+def running_sum(rows: int, length: int, device: str, start: str = " from (0.0:f32)") -> Graph:
+    """The kernels of a running sum along each row."""
+    values = f"f32[{rows}, {length}]@{device}"
+    scan = f"scan (i0: {rows}, i1: {length}) along i1 (x[i0, i1]) by (left0 + right0){start}"
+    graph = parse_graph(f"graph f(x: {values}) {{\n  y: {values} = {scan}\n  return %y\n}}").check()
+    costs = CostModel.analytical("cuda", 1)
+    return fuse(graph, Context(Options.from_env({"cache_dir": None}), costs)).check()
+
+
+@pytest.mark.row("E3")
+def test_long_scans_of_few_rows_are_cut_into_tiles() -> None:
+    clear, scan = running_sum(3, 1_000_003, "cuda").nodes
+    assert isinstance(clear, Kernel)
+    assert isinstance(scan, Kernel)
+    (loop,) = (s for s in statements(scan.body) if isinstance(s, ScanLoop))
+    assert loop.tiles is not None
+    tiles = -(-1_000_003 // loop.tiles.length)
+    assert tiles * 3 > 132
+    (words,) = clear.outs
+    assert words.shape == (1 + 2 * 3 * tiles,)
+    assert scan.targets == (None, words.name)
+    assert scan.mutates == (words.name,)
+    assert loop.tiles.state == scan.outs[1].name
+
+
+@pytest.mark.row("E3")
+@pytest.mark.parametrize(
+    ("rows", "length", "device"), [(1, 16384, "cuda"), (1000, 100_000, "cuda"), (1, 1_000_003, "cpu")]
+)
+def test_scans_that_are_short_or_many_or_on_a_cpu_are_not_cut(rows: int, length: int, device: str) -> None:
+    (scan,) = running_sum(rows, length, device).nodes
+    assert isinstance(scan, Kernel)
+    assert all(s.tiles is None for s in statements(scan.body) if isinstance(s, ScanLoop))
+
+
+@pytest.mark.row("E3")
+@pytest.mark.parametrize("start", ["", " from (0.0:f32)"])
+def test_a_scan_in_tiles_is_the_same_scan(start: str) -> None:
+    graph = running_sum(2, 20_000, "cuda", start)
+    assert parse_graph(print_graph(graph)) == graph
+    x = torch.rand(2, 20_000)
+    (found,) = run_reference([graph], [[x]])[0]
+    assert isinstance(found, Tensor)
+    torch.testing.assert_close(found, x.cumsum(1), rtol=1e-5, atol=1e-5)

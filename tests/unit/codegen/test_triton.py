@@ -20,7 +20,16 @@ from dcompile.ir.kernel import Kernel, Nest, Scratch, Write
 from dcompile.ir.types import DType
 from dcompile.runtime.triton_kernels import KERNELS, compile_module
 from tests.unit.codegen.kernels import F32, I0, I1, R0, P, V, kernel_graph, pointwise, softmax, value
-from tests.unit.codegen.triton_cases import CASES, LAYER_NORM, STORED, fused_case, module_of, on_cuda, softmax_case
+from tests.unit.codegen.triton_cases import (
+    CASES,
+    LAYER_NORM,
+    STORED,
+    fused_case,
+    module_of,
+    on_cuda,
+    softmax_case,
+    split_scan_case,
+)
 
 pytest.importorskip("triton")
 
@@ -57,6 +66,33 @@ def test_every_form_compiles_and_keeps_everything_in_registers(name: str, capabi
         assert (tmp_path / f"{kernel['name']}.cubin").read_bytes().startswith(b"\x7fELF")
         assert 0 < kernel["registers"] <= MOST_REGISTERS
         assert kernel["frame_bytes"] == (COS_FRAME_BYTES if name == "randn" else 0)
+
+
+LONG_SCANS = [
+    ("sum", F32, (1, 1 << 22), "i1"),
+    ("sum", DType.I64, (2, 1 << 21), "i1"),
+    ("sum", DType.F64, (1, 100_003), "i1"),
+    ("cummax", F32, (1, 1 << 20), "i1"),
+    ("logaddexp", F32, (3, 1 << 20), "i1"),
+    ("prod", F32, (1 << 16, 40), "i0"),
+]
+
+
+@pytest.mark.row("E3")
+@pytest.mark.parametrize("capability", [AMPERE, HOPPER])
+@pytest.mark.parametrize(("kind", "dtype", "shape", "along"), LONG_SCANS)
+def test_long_scans_of_few_rows_are_cut_and_stay_in_registers(
+    kind: str, dtype: DType, shape: tuple[int, int], along: str, capability: int, tmp_path: Path
+) -> None:
+    module = module_of(split_scan_case(kind, dtype, shape, along, length=None))
+    compile_module(module.source, module.signatures, tmp_path, capability)
+    clear, scan = json.loads((tmp_path / KERNELS).read_text())["kernels"]
+    tiles = -(-max(shape) // scan["inner"])
+    assert int(scan["programs"]) == tiles * (-(-min(shape) // scan["block"]))
+    assert tiles > 16
+    for kernel in (clear, scan):
+        assert 0 < kernel["registers"] <= MOST_REGISTERS
+        assert kernel["frame_bytes"] == 0
 
 
 def test_a_spill_is_seen(tmp_path: Path) -> None:

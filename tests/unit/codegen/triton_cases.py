@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
+from unittest.mock import patch
 
 import sympy
 import torch
@@ -20,11 +22,12 @@ from dcompile.ir.combine import neutral
 from dcompile.ir.combine import rule as combine
 from dcompile.ir.graph import Graph, SizeInput
 from dcompile.ir.index import Mod, as_expr, symbol
-from dcompile.ir.kernel import Accumulator, Fold, Kernel, Nest, Write
+from dcompile.ir.kernel import Accumulator, Fold, Kernel, Nest, ScanLoop, Write, statements
 from dcompile.ir.nodes import Ref, Scan
 from dcompile.ir.ops import OPS, SPECIAL_BINARY, SPECIAL_UNARY
 from dcompile.ir.types import DType, Value
 from dcompile.options import Options
+from dcompile.schedule import scan as schedule_scan
 from dcompile.schedule.batch import batch_kernels
 from dcompile.schedule.fuse import fuse
 from dcompile.schedule.stages import split_reductions
@@ -217,6 +220,34 @@ def scan_case(kind: str, dtype: DType, along: str = "i1", launch: Launch | None 
     data = torch.rand(5, 37, dtype=torch.float64).add(0.5) if dtype.is_float else torch.randint(-3, 4, (5, 37))
     launches = {0: launch} if launch else None
     return Case(on_cuda(fuse(graph, context()).check()), [data.to(dtype.torch)], 1e-4, launches)
+
+
+def split_scan_case(
+    kind: str, dtype: DType, shape: tuple[int, int], along: str = "i1", length: int | None = 64
+) -> Case:
+    """A scan that is cut into tiles of ``length``, a few ragged; without a start if ``kind`` is "no start". With None
+    tiles are as long as they really are."""
+    started = kind != "no start"
+    kind = kind if started else "sum"
+    values, rule = neutral(kind, dtype.compute) if started else (), combine(kind, dtype.compute)
+    axes, variable = ((I0, shape[0]), (I1, shape[1])), I1 if along == "i1" else I0
+    x = ex.to(ex.load("x", (I0, I1), dtype), dtype.compute)
+    exprs = (x,) if len(rule) == 1 else (x, ex.index(variable))
+    dtypes = (dtype, I64)[: len(exprs)]
+    outs = tuple(replace(value(f"y{n}", shape, d), device="cuda") for n, d in enumerate(dtypes))
+    scan = Scan(outs=outs, axes=axes, along=variable, exprs=exprs, combine=rule, start=values)
+    data = replace(value("x", shape, dtype), device="cuda")
+    graph = Graph("f", (data,), (scan,), tuple(Ref(out.name) for out in outs)).check()
+    given = torch.rand(shape, dtype=torch.float64).add(0.5) if dtype.is_float else torch.randint(-3, 4, shape)
+    shorter = {} if length is None else {"TILE_ELEMENTS": length, "COLUMN_TILE": length, "WHOLE": 1}
+    with patch.multiple(schedule_scan, **shorter) if shorter else nullcontext():
+        cut = fuse(graph, gpu_context()).check()
+    assert any(isinstance(s, ScanLoop) and s.tiles for node in cut.nodes for s in statements(node.body))
+    return Case(cut, [given.to(dtype.torch)], 1e-4)
+
+
+def gpu_context() -> Context:
+    return Context(Options.from_env({"cache_dir": None}), CostModel.analytical("cuda", 1))
 
 
 COUNT = """
@@ -419,6 +450,16 @@ CASES: dict[str, Callable[[], Case]] = {
     "logcumsumexp_looped": lambda: scan_case("logaddexp", F32, launch=LOOPED),
     "cummax": lambda: scan_case("cummax", F32),
     "cummin_looped": lambda: scan_case("cummin", I64, launch=LOOPED),
+    "split_cumsum": lambda: split_scan_case("sum", F32, (1, 1000)),
+    "split_cumsum_bf16": lambda: split_scan_case("sum", BF16, (2, 300)),
+    "split_cumsum_i64": lambda: split_scan_case("sum", I64, (3, 200)),
+    "split_cumsum_f64_columns": lambda: split_scan_case("sum", F64, (200, 3), "i0"),
+    "split_cumsum_columns": lambda: split_scan_case("sum", F32, (3 * 64, 20), "i0"),
+    "split_cumprod": lambda: split_scan_case("prod", F32, (1, 3 * 64)),
+    "split_logcumsumexp": lambda: split_scan_case("logaddexp", F32, (2, 150)),
+    "split_cummax": lambda: split_scan_case("cummax", F32, (1, 500)),
+    "split_cummin_i64": lambda: split_scan_case("cummin", I64, (2, 300), length=32),
+    "split_without_start": lambda: split_scan_case("no start", F32, (2, 200)),
     "batch": lambda: batched_case(BATCH),
     "transposed": lambda: fused_case(TRANSPOSED),
     "transposed_large": lambda: fused_case(re.sub(r"\b10\b", "90", re.sub(r"\b6\b", "70", TRANSPOSED))),

@@ -76,6 +76,10 @@ graph inference(x: f32[4, 16], y: f32[4, 16]) {
         a, b = running (e, index(r0)) by (left0 + right0, maximum(left1, right1))
         write y1[16*i0 + r0] = a + mean / n
       }
+      scan (r0: 16) in 4 through s {
+        c = running (x[16*i0 + r0]) by (left0 * right0) from (1.0:f32)
+        write y1[16*i0 + r0] = c
+      }
     }
   }
   return %y1, %s
