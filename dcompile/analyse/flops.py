@@ -10,7 +10,7 @@ from dcompile.ir import expr as ex
 from dcompile.ir.graph import Graph, hint
 from dcompile.ir.kernel import Fold, Kernel, Let, Nest, ScanLoop, Stmt, Write
 from dcompile.ir.nodes import Axis, Extern, Node, Pack, Pointwise, Reduction, Ref, Scan, Store
-from dcompile.ir.ops import WELFORD
+from dcompile.ir.ops import PRODUCTS, WELFORD
 from dcompile.ir.types import DType, Value
 
 WELFORD_FLOPS = 4
@@ -75,7 +75,8 @@ class _Loops:
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
         self.hints = graph.size_hints
-        self.flops = 0.0
+        self.flops = self.matmul_flops = 0.0
+        self.dtype = DType.F32
         self.elements: dict[str, float] = {}
 
     def kernel(self, node: Kernel) -> Work:
@@ -116,7 +117,7 @@ class _Loops:
         for value in values:
             whole = float(dense_bytes(value, self.graph))
             nbytes += min(whole, self.elements.get(value.name, 0.0) * value.dtype.itemsize)
-        return Work(flops=self.flops, nbytes=nbytes)
+        return Work(flops=self.flops, matmul_flops=self.matmul_flops, nbytes=nbytes, dtype=self.dtype)
 
     def body(self, body: tuple[Stmt, ...], times: float) -> None:
         for stmt in body:
@@ -131,6 +132,10 @@ class _Loops:
                 for accumulator in stmt.accumulators:
                     for root in accumulator.exprs:
                         self.expression(root, inner)
+                    if accumulator.kind in PRODUCTS:
+                        self.matmul_flops += 2 * inner
+                        self.dtype = accumulator.expr.dtype
+                        continue
                     self.flops += inner * (WELFORD_FLOPS if accumulator.kind in WELFORD else 1)
                 self.body((*stmt.lets, *stmt.writes), inner)
             elif isinstance(stmt, ScanLoop):

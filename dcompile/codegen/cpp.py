@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from importlib.resources import files
 
@@ -12,9 +12,11 @@ import sympy
 from dcompile.codegen.cpp_kernel import Printer
 from dcompile.codegen.cpp_scope import Emitter
 from dcompile.codegen.cpp_types import storage_type
+from dcompile.ir import expr as ex
 from dcompile.ir.canonical import Canonical, canonical, size_parameters
 from dcompile.ir.graph import Graph
-from dcompile.ir.kernel import Kernel, Scratch, extents, statements
+from dcompile.ir.kernel import Accumulator, Fold, Kernel, Nest, Scratch, Stmt, extents, statements
+from dcompile.ir.ops import PRODUCTS
 from dcompile.ir.types import Origin, Value
 
 NAMED_OPS = 4
@@ -101,6 +103,25 @@ def prelude() -> str:
     return "".join(folder.joinpath(name).read_text() for name in ("prelude.h", "prelude_math.h"))
 
 
+def without_products(body: tuple[Stmt, ...]) -> tuple[Stmt, ...]:
+    """Matrix products as the sums that they are: this printer has nothing faster for them."""
+
+    def plain(acc: Accumulator) -> Accumulator:
+        if acc.kind not in PRODUCTS:
+            return acc
+        a, b = (ex.to(e, acc.dtype) for e in acc.exprs)
+        return Accumulator(acc.name, "sum", ex.op("mul", a, b))
+
+    made: list[Stmt] = []
+    for stmt in body:
+        if isinstance(stmt, Nest):
+            stmt = replace(stmt, body=without_products(stmt.body))
+        elif isinstance(stmt, Fold):
+            stmt = replace(stmt, accumulators=tuple(map(plain, stmt.accumulators)))
+        made.append(stmt)
+    return tuple(made)
+
+
 def _function_name(number: int, origin: Origin) -> str:
     """``k3_softmax_exp_sum``: unique by its number, readable by its first ops."""
     stems = []
@@ -123,7 +144,7 @@ def _function(name: str, form: Canonical, values: Mapping[str, Value], origins: 
     sizes = [out.fresh("s") for _ in form.symbols]
     for symbol, text in zip(size_parameters(form.symbols).values(), sizes, strict=True):
         out.bind_symbol(symbol, text)
-    Printer(out).body(kernel.body)
+    Printer(out).body(without_products(kernel.body))
     body = out.scopes[0].lines
     failing = any("error)" in line for line in body)
     arguments = [f"{storage_type(dtype)}* {text}" for text, dtype in buffers.values()]

@@ -17,6 +17,7 @@ from dcompile.analyse.flops import work
 from dcompile.codegen.triton_kernel import KernelPrinter
 from dcompile.codegen.triton_launch import Launch, Shape, choose_launch, is_batch, members_of, shape_of
 from dcompile.codegen.triton_prelude import PRELUDE
+from dcompile.codegen.triton_product import ProductPrinter
 from dcompile.codegen.triton_strips import StripPrinter
 from dcompile.codegen.triton_text import POINTER, size_python, type_text
 from dcompile.codegen.triton_variants import other_launches
@@ -182,7 +183,7 @@ def _function(
     """One function with the comment above it."""
     shape = shape_of(form.kernel)
     dtypes, sizes = _parameters(form, values)
-    printing = KernelPrinter if shape.strips is None else StripPrinter
+    printing = _printer(shape)
     printer = printing(shape, launch, dtypes, sizes, frozenset(out.name for out in form.kernel.outs), name)
     body = printer.print()
     parameters = [*dtypes, *sizes.values(), "fault", "X: tl.constexpr", "R: tl.constexpr"]
@@ -190,6 +191,12 @@ def _function(
     lines = [*printer.helpers, *_comment(origins), "@triton.jit", head, *body, ""]
     variant = Variant(name, launch, _programs(shape, launch, sizes))
     return "\n".join(lines), _signature(form, dtypes, variant, origins)
+
+
+def _printer(shape: Shape) -> type[KernelPrinter]:
+    if shape.product is not None:
+        return ProductPrinter
+    return KernelPrinter if shape.strips is None else StripPrinter
 
 
 def _batch(
@@ -247,9 +254,16 @@ def _signature(
 
 def _programs(shape: Shape, launch: Launch, sizes: Mapping[sympy.Symbol, str]) -> str:
     """Python text of the number of programs."""
+    if (found := shape.product) is not None:
+        parts = [_blocks(found.rows, launch.block, sizes), _blocks(found.columns, launch.inner, sizes)]
+        return _product_text([*parts, _blocks(found.batch, 1, sizes)])
     parts = [_blocks(shape.outer, launch.block if shape.strips is None else 1, sizes)]
     if (shape.tiled or shape.tiles is not None) and shape.inner is not None:
         parts.append(_blocks(shape.inner, launch.inner, sizes))
+    return _product_text(parts)
+
+
+def _product_text(parts: list[str]) -> str:
     return str(math.prod(map(int, parts))) if all(part.isdigit() for part in parts) else " * ".join(parts)
 
 

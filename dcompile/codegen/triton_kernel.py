@@ -61,14 +61,16 @@ class KernelPrinter(Values):
             self.line(f"{name}_here = {name} < {self._size(total)}")
         self._axes(name, axes, dim)
 
-    def _axes(self, name: str, axes: tuple[Axis, ...], dim: int) -> None:
+    def _axes(self, name: str, axes: tuple[Axis, ...], dim: int | None) -> None:
+        """Variables of the axes whose positions ``name`` counts along a dimension, or None for one number."""
+        dims = frozenset() if dim is None else frozenset({dim})
         step: Size = 1
         for number, (var, extent) in reversed(list(enumerate(axes))):
             text = name if step == 1 else f"{name} // {self._size(step)}"
             if number > 0:
                 text = f"({text}) % {self._size(extent)}"
             self.extents[var] = extent
-            text = name if text == name else self.define(text, frozenset({dim}))
+            text = name if text == name else self.define(text, dims)
             self.scopes[-1].symbols[var] = text
             step = product((step, extent))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -27,7 +27,8 @@ from dcompile.ir.kernel import (
     statements,
 )
 from dcompile.ir.nodes import Axis
-from dcompile.ir.types import Size
+from dcompile.ir.ops import PRODUCTS
+from dcompile.ir.types import DType, Size
 
 PROGRAMS = 264
 """Programs that fill the GPU: two for each of an H200's 132 multiprocessors."""
@@ -85,6 +86,7 @@ class Launch:
         persistent: ``inner`` covers the whole inner range, so that rows stay in registers between passes.
         num_warps: warps of 32 threads of a program.
         stages: rounds of a loop whose loads are in flight at once; 1 leaves loads where they are.
+        step: of a matrix product, how much of the summed axis it takes at once.
     """
 
     block: int
@@ -92,6 +94,17 @@ class Launch:
     persistent: bool
     num_warps: int
     stages: int = 1
+    step: int = 0
+
+
+@dataclass(frozen=True)
+class ProductAxes:
+    """The outer axes of a matrix product: those of both operands, of the first and of the second alone."""
+
+    batch: tuple[Axis, ...]
+    rows: tuple[Axis, ...]
+    columns: tuple[Axis, ...]
+    dtype: DType
 
 
 @dataclass(frozen=True)
@@ -126,6 +139,7 @@ class Shape:
             of columns.
         strips: outer positions are strips of rows; ``body`` is that of one row.
         tiles: of a scan whose inner range is divided among programs.
+        product: of a matrix product, whose inner range is summed in blocks; a program makes a tile of the result.
     """
 
     outer: tuple[Axis, ...]
@@ -136,6 +150,7 @@ class Shape:
     tiled: bool = False
     strips: Strips | None = None
     tiles: Tiles | None = None
+    product: ProductAxes | None = None
 
 
 def shape_of(kernel: Kernel) -> Shape:
@@ -167,7 +182,30 @@ def shape_of(kernel: Kernel) -> Shape:
     if tiles is not None and len(ranges) > 1:
         raise CompilerBug("a GPU kernel has other inner ranges beside a scan in tiles")
     scratch = any(isinstance(s, Scratch) for s in body)
-    return Shape(outer, inner, body, column and inner is not None, scratch, tiles=tiles)
+    return Shape(
+        outer, inner, body, column and inner is not None, scratch, tiles=tiles, product=_product(outer, ranges)
+    )
+
+
+def _product(outer: tuple[Axis, ...], ranges: Sequence[Stmt]) -> ProductAxes | None:
+    """The axes of a matrix product; None if there is none.
+
+    Raises:
+        CompilerBug: something else is folded beside it.
+    """
+    accumulators = [acc for s in ranges if isinstance(s, Fold) for acc in s.accumulators]
+    if not any(acc.kind in PRODUCTS for acc in accumulators):
+        return None
+    if len(ranges) > 1 or len(accumulators) > 1:
+        raise CompilerBug("a GPU kernel folds something beside a matrix product")
+    free = [{v for load in ex.loads(e) for i in load.index for v in i.free_symbols} for e in accumulators[0].exprs]
+    kinds: dict[tuple[bool, bool], list[Axis]] = {}
+    for axis in outer:
+        kinds.setdefault((axis[0] in free[0], axis[0] in free[1]), []).append(axis)
+    rows = (*kinds.get((True, False), ()), *kinds.get((False, False), ()))
+    return ProductAxes(
+        tuple(kinds.get((True, True), ())), rows, tuple(kinds.get((False, True), ())), accumulators[0].expr.dtype
+    )
 
 
 def _strips(outer: tuple[Axis, ...], body: tuple[Stmt, ...]) -> Shape | None:
@@ -265,7 +303,7 @@ def _over(stmt: Stmt, axes: tuple[Axis, ...]) -> Stmt:
     return replace(
         stmt,
         axes=axes,
-        accumulators=tuple(replace(a, expr=ex.substitute(a.expr, names)) for a in stmt.accumulators),
+        accumulators=tuple(a.map(lambda e: ex.substitute(e, names)) for a in stmt.accumulators),
         lets=tuple(_renamed(s, names) for s in stmt.lets),
         writes=tuple(_renamed(s, names) for s in stmt.writes),
     )
@@ -316,6 +354,8 @@ def _cut(shape: Shape, hints: Mapping[sympy.Symbol, int]) -> Launch:
         return _strip_cut(shape, shape.strips)
     if shape.tiled:
         return Launch(*TILE, False, TILE_WARPS)
+    if shape.product is not None:
+        return product_launches(shape.product, shape.inner, hints)[0]
     if shape.tiles is not None:
         width = min(COLUMN_WIDTH[-1], power_of_two(outer)) if shape.column else 1
         length = shape.tiles.length
@@ -336,6 +376,40 @@ def _cut(shape: Shape, hints: Mapping[sympy.Symbol, int]) -> Launch:
     if shape.scratch:
         raise CompilerBug(f"a GPU kernel has scratch memory for rows of {inner} elements")
     return Launch(1, min(LOOP_BLOCK, whole), False, 8)
+
+
+PRODUCT_TILES = (
+    (128, 256, 64, 8, 3), (128, 128, 64, 8, 3), (128, 128, 64, 4, 4), (256, 128, 64, 8, 3), (128, 64, 64, 4, 4),
+    (64, 128, 64, 4, 4), (64, 256, 64, 4, 3), (64, 64, 64, 4, 4), (32, 64, 64, 4, 5), (64, 32, 64, 4, 5),
+    (32, 32, 64, 2, 5), (16, 64, 64, 2, 5),
+)  # fmt: skip
+"""(rows, columns, step of 2-byte elements, warps, stages) of a program of a matrix product, larger ones first: a tile
+reads rows + columns of each for rows times columns products."""
+
+PRODUCT_SHARED_BYTES = 160 * 1024
+"""Most bytes of operands in flight: what a program may have in shared memory on every GPU with bf16 matrix units."""
+
+LEAST_TILE = 16
+"""Shortest side of a tile that matrix units take."""
+
+
+def product_launches(
+    product_axes: ProductAxes, inner: tuple[Axis, ...], hints: Mapping[sympy.Symbol, int]
+) -> tuple[Launch, ...]:
+    """Cuts of a matrix product worth a try, the most promising first: tiles no larger than the result, ranked by the
+    time of the slowest multiprocessor, in bytes of operands that it reads."""
+    batch, rows, columns = (_extent(a, hints) for a in (product_axes.batch, product_axes.rows, product_axes.columns))
+    summed, itemsize = _extent(inner, hints), product_axes.dtype.itemsize
+    found: dict[Launch, float] = {}
+    for block, width, step, warps, stages in PRODUCT_TILES:
+        block, width = (max(LEAST_TILE, min(n, power_of_two(m))) for n, m in ((block, rows), (width, columns)))
+        step = max(LEAST_TILE, min(step * 2 // itemsize, power_of_two(summed)))
+        while stages > 2 and stages * step * (block + width) * itemsize > PRODUCT_SHARED_BYTES:
+            stages -= 1
+        programs = batch * -(-rows // block) * -(-columns // width)
+        waves = -(-programs // (PROGRAMS // 2))
+        found.setdefault(Launch(block, width, False, warps, stages, step), float(waves * (block + width + 64)))
+    return tuple(sorted(found, key=lambda launch: found[launch]))
 
 
 def _strip_cut(shape: Shape, strips: Strips) -> Launch:

@@ -28,7 +28,7 @@ import sympy
 
 from dcompile.ir import expr as ex
 from dcompile.ir.nodes import Axis, Node, rename_loads
-from dcompile.ir.ops import ARG_REDUCTIONS
+from dcompile.ir.ops import ARG_REDUCTIONS, PRODUCTS
 from dcompile.ir.types import DType, Size, Value
 
 
@@ -57,7 +57,8 @@ class Let:
 class Accumulator:
     """One reduction of a Fold: ``name = fold kind of expr``; kind is one of ``ops.REDUCTIONS``, the accumulator has
     ``expr.dtype`` (i64 for arg kinds, whose position counts the fold's axes row-major). ``more`` are the names of the
-    further results and ``others`` the further operands of kinds that have them."""
+    further results and ``others`` the further operands of kinds that have them. Kinds ``ops.PRODUCTS`` have two
+    operands and accumulate in their compute type: the nest around is a matrix product."""
 
     name: str
     kind: str
@@ -67,6 +68,8 @@ class Accumulator:
 
     @property
     def dtype(self) -> DType:
+        if self.kind in PRODUCTS:
+            return self.expr.dtype.compute
         return DType.I64 if self.kind in ARG_REDUCTIONS else self.expr.dtype
 
     @property

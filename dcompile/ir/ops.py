@@ -138,6 +138,10 @@ element as i64, NaN counting as better than any number; ``any`` is logical or on
 bool. ``welford`` has three results, the mean, the sum M2 of squared distances from it, and the number of elements;
 ``welford_merge`` takes such triples and gives the triple of their union (see ``ir.combine``)."""
 
+PRODUCTS = frozenset({"dot", "dot_tf32"})
+"""Folds of two operands of one float dtype, in kernels only: the sum of their products, exact or of operands rounded to
+tf32, accumulated in the compute type."""
+
 WELFORD = frozenset({"welford", "welford_merge"})
 """Reductions with three results."""
 

@@ -9,7 +9,7 @@ Grammar::
            | "scan" "(" axis ")" [tiles] "{" let... name, ... "=" "running" "(" exprs ")" rule write... "}"
            | write
            | "scratch" name ":" dtype "[" size "]"
-    acc    = name, ... "=" kind exprs                                                # welford_merge: "(" exprs, ... ")"
+    acc    = name, ... "=" kind (exprs | "(" exprs, ... ")")                          # several: welford_merge, dot
     tiles  = "in" size "through" name
     rule   = "by" "(" exprs, ... ")" ["from" "(" expr, ... ")"]                       # over left0, right0, left1, ...
     write  = "write" [mode] buffer [lets] "[" address [bind] "]" "=" expr            # mode "set" is not printed
@@ -23,7 +23,7 @@ from dcompile.ir import expr as ex
 from dcompile.ir.combine import left, right
 from dcompile.ir.kernel import Accumulator, Fold, Kernel, Let, Nest, Role, ScanLoop, Scratch, Stmt, Tiles, Write
 from dcompile.ir.nodes import Axis
-from dcompile.ir.ops import REDUCTIONS, STORE_MODES, WELFORD
+from dcompile.ir.ops import PRODUCTS, REDUCTIONS, STORE_MODES, WELFORD
 from dcompile.ir.text_expr import print_bind, print_expr, print_expr_list, print_exprs
 from dcompile.ir.text_index import print_index
 from dcompile.ir.text_node import NodeGrammar, Reader, print_axis, print_names, register_node
@@ -235,11 +235,13 @@ def _read_accumulator(reader: Reader) -> Accumulator:
     names = _read_names(reader)
     token = reader.peek()
     kind = reader.word("a reduction")
-    if kind not in REDUCTIONS:
-        reader.fail(f"a reduction ({', '.join(sorted(REDUCTIONS))})", token)
+    if kind not in REDUCTIONS | PRODUCTS:
+        reader.fail(f"a reduction ({', '.join(sorted(REDUCTIONS | PRODUCTS))})", token)
     if len(names) != (3 if kind in WELFORD else 1):
         reader.fail("one name a result", token)
-    exprs = reader.expr_list() if kind == "welford_merge" else (reader.expr(),)
+    exprs = reader.expr_list() if kind == "welford_merge" or kind in PRODUCTS else (reader.expr(),)
+    if kind in PRODUCTS and (len(exprs) != 2 or exprs[0].dtype is not exprs[1].dtype):
+        reader.fail("two operands of one dtype", token)
     return Accumulator(names[0], kind, exprs[0], names[1:], exprs[1:])
 
 

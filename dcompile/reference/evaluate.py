@@ -18,7 +18,7 @@ from torch import Tensor
 from dcompile.errors import CompilerBug
 from dcompile.ir import expr as ex
 from dcompile.ir.index import FloorDiv, Mod
-from dcompile.ir.ops import WELFORD
+from dcompile.ir.ops import PRODUCTS, WELFORD
 from dcompile.ir.types import Size
 from dcompile.reference import scalars
 
@@ -241,6 +241,8 @@ def fold_grid(
 
     if kind in WELFORD:
         return scalars.welford(*(rows(value) for value in values))
+    if kind in PRODUCTS:
+        return (scalars.dot(*(rows(value) for value in values)),)
     return (scalars.fold(kind, rows(values[0])),)
 
 

@@ -195,6 +195,12 @@ def fold(kind: str, values: Tensor) -> Tensor:
     return torch.where(best, position, values.shape[0]).amin(0)
 
 
+def dot(a: Tensor, b: Tensor) -> Tensor:
+    """Sum of products over dimension 0, in double precision, rounded once to the compute type."""
+    found = (a.double() * b.double()).sum(0)
+    return found if a.dtype is torch.float64 else found.float()
+
+
 def welford(means: Tensor, squares: Tensor | None = None, weights: Tensor | None = None) -> tuple[Tensor, ...]:
     """Mean, sum of squared distances from it and weight over dimension 0, in double precision, rounded once.
 

@@ -208,10 +208,10 @@ def place(form: Form, domain: Domain, spread: str) -> Placed | None:
     else:
         pairs = [(form.axes, domain.outer_axes), (form.raxes, domain.inner_axes)]
     for own, target in pairs:
-        image = _image(own, target)
-        if image is None:
+        found = image(own, target)
+        if found is None:
             return None
-        mapping.update(image)
+        mapping.update(found)
     ranges = dict(domain.outer_axes + domain.inner_axes)
     moved = _substitute(form, mapping).map(lambda e: tidy(e, ranges), lambda address: simplify(address, ranges))
     result = Placed(form, moved.expr, moved.address, moved.bind, moved.others)
@@ -222,7 +222,7 @@ def place(form: Form, domain: Domain, spread: str) -> Placed | None:
     return result
 
 
-def _image(own: tuple[Axis, ...], target: tuple[Axis, ...]) -> dict[sympy.Symbol, sympy.Expr] | None:
+def image(own: tuple[Axis, ...], target: tuple[Axis, ...]) -> dict[sympy.Symbol, sympy.Expr] | None:
     """Each own variable as an expression of the target's, both enumerating the same row-major positions."""
     sizes = tuple(size for _, size in own)
     if sizes == tuple(size for _, size in target):

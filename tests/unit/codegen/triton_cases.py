@@ -30,6 +30,7 @@ from dcompile.options import Options
 from dcompile.schedule import scan as schedule_scan
 from dcompile.schedule.batch import batch_kernels
 from dcompile.schedule.fuse import fuse
+from dcompile.schedule.products import find_site
 from dcompile.schedule.stages import split_reductions
 from tests.unit.codegen.kernels import (
     BF16,
@@ -246,6 +247,54 @@ def split_scan_case(
     return Case(cut, [given.to(dtype.torch)], 1e-4)
 
 
+def product_case(text: str, launch: Launch | None = None, tf32: bool = False, tolerance: float = 1e-5) -> Case:
+    """A library product and its reader in a LOOPS graph on the GPU, as the one kernel that does both."""
+    graph = fuse(parse_graph(text).check(), gpu_context()).check()
+    sites = (find_site(graph, n, tf32) for n in range(len(graph.nodes)))
+    site = next(found for found in sites if found is not None)
+    graph = site.rewrite(graph)
+    (position,) = (n for n, node in enumerate(graph.nodes) if isinstance(node, Kernel))
+    assert len(graph.nodes) == 1
+    data: Inputs = []
+    for given in graph.inputs:
+        assert isinstance(given, Value)
+        shape, stride = ([int(n) for n in sizes] for sizes in (given.shape, given.stride))
+        data.append(torch.empty_strided(shape, stride, dtype=given.dtype.torch).copy_(torch.randn(shape)))
+    return Case(graph, data, tolerance, {position: launch} if launch else None)
+
+
+def linear(m: int, n: int, k: int, dtype: str, left: str = "", right: str = "") -> str:
+    """The text of a linear layer with bias, GELU and a residual, whose pre-activation is kept; strides of operands."""
+    operands = f"b: {dtype}[{n}]@cuda, x: {dtype}[{m}, {k}]{left}@cuda, w: {dtype}[{k}, {n}]{right}@cuda"
+    return f"""
+graph f({operands}, r: f32[{m}, {n}]@cuda) {{
+  h: {dtype}[{m}, {n}]@cuda = extern aten.addmm.default(%b, %x, %w) -> aten.addmm.out
+  y: {dtype}[{m}, {n}]@cuda = pointwise (i0: {m}, i1: {n}) to_{dtype}(tanh(to_f32(h[i0, i1])) + r[i0, i1])
+  return %h, %y
+}}"""
+
+
+TRANSPOSED_LINEAR = linear(20, 36, 50, "f16", "{1, 20}", "{1, 50}")
+
+BATCHED_PRODUCT = """
+graph f(x: bf16[3, 24, 40]@cuda, w: bf16[3, 40, 20]{800, 1, 40}@cuda) {
+  h: bf16[3, 24, 20]@cuda = extern aten.bmm.default(%x, %w) -> aten.bmm.out
+  y: f32[24, 3, 20]@cuda = pointwise (i0: 24, i1: 3, i2: 20) to_f32(h[i1, i0, i2]) * 0.5:f32
+  return %y
+}"""
+"""Transposed operands in batches, the result permuted, and not kept."""
+
+SCALED_PRODUCT = """
+graph f(c: f32[32, 1]@cuda, x: f32[32, 50]@cuda, w: f32[50, 48]@cuda) {
+  h: f32[32, 48]@cuda = extern aten.addmm.default(%c, %x, %w, beta=0.5, alpha=2.0) -> aten.addmm.out
+  y: f32[1536]@cuda = pointwise (i0: 1536) maximum(h[i0 // 48, i0 % 48], 0.0:f32)
+  return %y
+}"""
+
+DOT = Launch(block=16, inner=16, persistent=False, num_warps=4, stages=2, step=16)
+"""A cut for the interpreter, with ragged tiles on every side."""
+
+
 def gpu_context() -> Context:
     return Context(Options.from_env({"cache_dir": None}), CostModel.analytical("cuda", 1))
 
@@ -460,6 +509,11 @@ CASES: dict[str, Callable[[], Case]] = {
     "split_cummax": lambda: split_scan_case("cummax", F32, (1, 500)),
     "split_cummin_i64": lambda: split_scan_case("cummin", I64, (2, 300), length=32),
     "split_without_start": lambda: split_scan_case("no start", F32, (2, 200)),
+    "product_bf16": lambda: product_case(linear(40, 24, 72, "bf16"), DOT, tolerance=2e-2),
+    "product_f16_transposed": lambda: product_case(TRANSPOSED_LINEAR, DOT, tolerance=2e-3),
+    "product_f32": lambda: product_case(linear(33, 17, 32, "f32"), DOT),
+    "product_batched": lambda: product_case(BATCHED_PRODUCT, DOT, tolerance=2e-2),
+    "product_scaled": lambda: product_case(SCALED_PRODUCT, DOT),
     "batch": lambda: batched_case(BATCH),
     "transposed": lambda: fused_case(TRANSPOSED),
     "transposed_large": lambda: fused_case(re.sub(r"\b10\b", "90", re.sub(r"\b6\b", "70", TRANSPOSED))),
