@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import sympy
 
-from dcompile.codegen.triton_launch import Launch, Shape, is_batch, power_of_two, shape_of
+from dcompile.codegen.triton_launch import Launch, Shape, is_batch, power_of_two, product_launches, shape_of
 from dcompile.ir.graph import hint
 from dcompile.ir.index import product
 from dcompile.ir.kernel import Kernel, ScanLoop
@@ -36,6 +36,9 @@ def other_launches(kernel: Kernel, default: Launch, hints: Mapping[sympy.Symbol,
     if is_batch(kernel):
         return ()
     shape = shape_of(kernel)
+    if shape.product is not None:
+        cuts = product_launches(shape.product, shape.inner or (), hints)
+        return tuple(launch for launch in cuts if launch != default)[:MOST_VARIANTS]
     if any(isinstance(stmt, ScanLoop) for stmt in shape.body):
         return ()
     found = {launch for launch in _neighbours(shape, default, hints) if launch != default}

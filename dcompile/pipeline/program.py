@@ -26,10 +26,11 @@ from dcompile.counters import TALLY
 from dcompile.ir.graph import Graph
 from dcompile.lower import Extra, Lowered, OnDevice, SizeOf, lower
 from dcompile.options import Options, process_rank
-from dcompile.pipeline.devices import why_no_kernels
+from dcompile.pipeline.devices import devices, why_no_kernels
 from dcompile.pipeline.facts import count, facts_of
 from dcompile.pipeline.key import costs_of, key_of
 from dcompile.pipeline.passes import run_passes
+from dcompile.pipeline.prices import Prices, rounds_to_tf32
 from dcompile.plan import Plan
 from dcompile.runtime.autotune import DeviceTimer, Tuner
 from dcompile.runtime.board import announce_compile
@@ -175,7 +176,7 @@ class _Printed:
 
 
 def _print(lowered: Lowered, name: str, options: Options, watch: Watch) -> _Printed:
-    plan = run_passes(lowered.graph, Context(options, costs_of(lowered, options)), watch)
+    plan = run_passes(lowered.graph, _context(lowered, options), watch)
     with watch.stage("codegen"):
         module, gpu = print_cpp(plan.graph), print_triton(plan.graph, variants=options.autotune)
         host = print_host(plan, Kernels({**module.calls, **gpu.calls}), name, options.timeline, options.assert_layouts)
@@ -190,6 +191,14 @@ def _print(lowered: Lowered, name: str, options: Options, watch: Watch) -> _Prin
             write_gpu_kernels(folder, gpu.source, gpu.signatures, tuner)
 
     return _Printed(plan, module, host, facts, write)
+
+
+def _context(lowered: Lowered, options: Options) -> Context:
+    context = Context(options, costs_of(lowered, options), tf32=rounds_to_tf32())
+    if options.autotune and "cuda" in devices(lowered.graph):
+        prices = Prices(_cache(options.cache_dir, options.deadline_s), _tuner(options), torch.cuda.current_device())
+        context.measure = prices
+    return context
 
 
 def _tuner(options: Options) -> Tuner:

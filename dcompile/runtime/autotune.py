@@ -157,7 +157,7 @@ class DeviceTimer:
             with DeviceMemory([*signature.spans, 4], [*fills, 0]) as addresses:
                 stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
                 calls = [self._call(kernel, folder, addresses, signature.hints, stream) for kernel in kernels]
-                return _timed(calls, stream)
+                return timed(calls, stream)
 
     @staticmethod
     def _call(
@@ -169,8 +169,10 @@ class DeviceTimer:
         return lambda: launch(*addresses[:-1], *sizes, handle)
 
 
-def _timed(calls: Sequence[Callable[[], int]], stream: torch.cuda.Stream) -> list[float]:
-    def run(call: Callable[[], int], count: int) -> float:
+def timed(calls: Sequence[Callable[[], object]], stream: torch.cuda.Stream) -> list[float]:
+    """Microseconds of each of ``calls``, which launch on ``stream``: medians over rounds in which each runs in turn."""
+
+    def run(call: Callable[[], object], count: int) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         start.record(stream)
         for _ in range(count):
@@ -192,4 +194,4 @@ def _fill_of(kind: str) -> int:
     return {"*bf16": 0x3F8C3F8C, "*fp16": 0x3C663C66, "*fp32": 0x3F8C3F8C, "*fp64": 0x3FF199A0}.get(kind, 0)
 
 
-__all__ = ["DeviceTimer", "Timer", "Tuner", "fastest"]
+__all__ = ["DeviceTimer", "Timer", "Tuner", "fastest", "timed"]
