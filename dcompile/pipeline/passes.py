@@ -27,6 +27,7 @@ from dcompile.schedule.lowering import choose_lowerings
 from dcompile.schedule.memory import plan_memory
 from dcompile.schedule.overlap import overlap, predict
 from dcompile.schedule.products import product_kernels
+from dcompile.schedule.scan_readers import fuse_scan_readers
 from dcompile.schedule.simplify import simplify_graph
 from dcompile.schedule.stages import split_reductions
 from dcompile.watch import Watch
@@ -81,6 +82,7 @@ PASSES = (
     Pass(library_epilogues, takes=Level.LOOPS, gives=Level.LOOPS, optional=True),
     Pass(split_reductions, takes=Level.LOOPS, gives=Level.LOOPS, optional=True),
     Pass(fuse, takes=Level.LOOPS, gives=Level.KERNELS),
+    Pass(fuse_scan_readers, takes=Level.KERNELS, gives=Level.KERNELS, optional=True),
     Pass(product_kernels, takes=Level.KERNELS, gives=Level.KERNELS, optional=True),
     Pass(batch_kernels, takes=Level.KERNELS, gives=Level.KERNELS, optional=True),
     Pass(overlap, takes=Level.KERNELS, gives=Level.ORDERED, optional=True),

@@ -13,7 +13,6 @@ import sympy
 
 from dcompile.analyse.alias import storage_roots
 from dcompile.analyse.context import Context
-from dcompile.analyse.dependence import predecessors
 from dcompile.ir import expr as ex
 from dcompile.ir.graph import Graph, SizeInput
 from dcompile.ir.index import as_expr, product, simplify
@@ -21,7 +20,8 @@ from dcompile.ir.kernel import Accumulator, Fold, Kernel, Let, Nest, Role, Stmt,
 from dcompile.ir.nodes import Axis, Extern, Node, Ref
 from dcompile.ir.types import DType, Size, Value, contiguous_stride
 from dcompile.schedule.inline import tidy
-from dcompile.schedule.loops import Domain, coefficient, image
+from dcompile.schedule.loops import Domain, image
+from dcompile.schedule.readers import by_memory, elementwise, flat, place
 
 STAGE = "products"
 
@@ -104,7 +104,7 @@ def find_site(graph: Graph, position: int, tf32: bool = False) -> Site | None:
         reader = graph.nodes[at]
         if not isinstance(reader, Kernel):
             continue
-        late = _place(graph, position, at)
+        late = place(graph, position, at)
         if late is None:
             continue
         keep = found.out.name in graph.output_names or any(n != at for n in graph.users[found.out.name])
@@ -137,18 +137,6 @@ def product_of(graph: Graph, node: Node) -> Product | None:
     )
 
 
-def _place(graph: Graph, at: int, reader: int) -> bool | None:
-    """Whether the kernel can stand where the reader stands (True), where the product stands (False), or nowhere."""
-    before = predecessors(graph)
-    behind = {at}
-    for n in range(at + 1, reader):
-        if behind & before[n]:
-            behind.add(n)
-    if len(behind) == 1:
-        return True
-    return None if any(at < n for n in before[reader]) else False
-
-
 def _kernel(graph: Graph, found: Product, reader: Kernel, keep: bool, tf32: bool) -> Kernel | None:
     """The kernel of both; ``keep``: others read the product too."""
     out = found.out
@@ -172,7 +160,7 @@ def _kernel(graph: Graph, found: Product, reader: Kernel, keep: bool, tf32: bool
         value = ex.op("add", value, added)
     body: list[Stmt] = [Fold(domain.inner_axes, (Role.SERIAL,), (acc,)), Let(out.name, ex.to(value, out.dtype))]
     if keep:
-        body.append(Write(out.name, _flat(domain.outer_axes), ex.local(out.name, out.dtype)))
+        body.append(Write(out.name, flat(domain.outer_axes), ex.local(out.name, out.dtype)))
     roots = storage_roots(graph)
     shared = {roots[v.name] for v in (found.a, found.b, out)}
     return Kernel(
@@ -193,17 +181,10 @@ def _load(value: Value, position: tuple[sympy.Expr, ...]) -> ex.Expr:
     return ex.load(value.name, (flat,), value.dtype)
 
 
-def _flat(axes: tuple[Axis, ...]) -> sympy.Expr:
-    flat: sympy.Expr = sympy.Integer(0)
-    for var, size in axes:
-        flat = flat * as_expr(size) + var
-    return sympy.expand(flat)
-
-
 def _moved(graph: Graph, found: Product, reader: Kernel, domain: Domain) -> tuple[Stmt, ...] | None:
     """The statements of an elementwise ``reader`` at a position of the product; None if it is not that."""
-    nest = reader.body[0] if len(reader.body) == 1 else None
-    if not isinstance(nest, Nest) or not all(isinstance(s, Let | Write) for s in nest.body):
+    nest = elementwise(reader)
+    if nest is None:
         return None
     roots = storage_roots(graph)
     taken = {roots[v.name] for v in (found.out, found.a, found.b)}
@@ -211,13 +192,11 @@ def _moved(graph: Graph, found: Product, reader: Kernel, domain: Domain) -> tupl
         return None
     if any(roots[name] == roots[found.out.name] and name != found.out.name for name in reader.operands):
         return None
-    if any(isinstance(s, Write) and (s.mode != "set" or s.bind) for s in nest.body):
-        return None
     mapping = _positions(found.out.name, nest, domain)
     if mapping is None:
         return None
     ranges = dict(domain.outer_axes)
-    here = _flat(domain.outer_axes)
+    here = flat(domain.outer_axes)
 
     def at(root: ex.Expr) -> ex.Expr:
         placed = tidy(ex.substitute(root, mapping), ranges)
@@ -247,11 +226,8 @@ def _positions(name: str, nest: Nest, domain: Domain) -> dict[sympy.Symbol, symp
     if len(addresses) != 1 or any(load.bind for load in loads):
         return None
     (address,) = addresses
-    steps = [(coefficient(address, var), (var, size)) for var, size in nest.axes]
-    if any(step is None or not step.is_Integer or step <= 0 for step, _ in steps):
-        return None
-    axes = tuple(axis for _, axis in sorted(steps, key=lambda item: -int(item[0] or 0)))
-    if sympy.expand(address - _flat(axes)) != 0 or not _covers(axes, domain):
+    axes = by_memory(address, nest.axes)
+    if axes is None or not _covers(axes, domain):
         return None
     return image(axes, domain.outer_axes)
 
@@ -281,7 +257,7 @@ def fragment(graph: Graph, nodes: tuple[Node, ...]) -> Graph:
     made = {value.name: value for node in nodes for value in node.defs if isinstance(value, Value)}
     read = [name for node in nodes for name in node.operands if name not in made]
     sizes = tuple(item for item in graph.inputs if isinstance(item, SizeInput))
-    inputs = (*sizes, *(graph.value(name) for name in dict.fromkeys(read)))
+    inputs: tuple[Value | SizeInput, ...] = (*sizes, *(graph.value(name) for name in dict.fromkeys(read)))
     return Graph("fragment", inputs, nodes, tuple(Ref(name) for name in made)).check()
 
 

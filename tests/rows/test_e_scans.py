@@ -18,6 +18,7 @@ from dcompile.lower import lower
 from dcompile.options import Options
 from dcompile.reference import run_reference
 from dcompile.schedule.fuse import fuse
+from dcompile.schedule.scan_readers import fuse_scan_readers
 from tests.rows.check import Seen, chk
 from tests.unit.lower.harness import trace
 
@@ -136,3 +137,44 @@ def test_a_scan_in_tiles_is_the_same_scan(start: str) -> None:
     (found,) = run_reference([graph], [[x]])[0]
     assert isinstance(found, Tensor)
     torch.testing.assert_close(found, x.cumsum(1), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.row("E1")
+@pytest.mark.parametrize("dim", [0, 1])
+def test_elementwise_ops_around_a_scan_are_in_its_kernel(dim: int) -> None:
+    x, y = torch.randn(7, 300), torch.randn(7, 300)
+    seen = chk(lambda x, y: (x * 2).cumsum(dim).exp() + y, x, y, rtol=2e-5, atol=1e-5)
+    assert (seen.K, seen.X, len(loops(seen))) == (1, 0, 1)
+    kept = chk(lambda x, y: ((z := x.cumsum(dim)), z * y), x, y, rtol=2e-6, atol=1e-6)
+    assert (kept.K, len(loops(kept))) == (1, 1)
+    both = chk(lambda x: (m := x.cummax(dim)).values * m.indices, x)
+    assert (both.K, len(loops(both))) == (1, 1)
+
+
+@pytest.mark.row("E1")
+def test_readers_at_other_positions_stay_apart() -> None:
+    x = torch.randn(64)
+    seen = chk(lambda x: x.cumsum(0).flip(0) + x.cumsum(0), x, rtol=2e-6, atol=1e-6)
+    assert seen.K == 2
+    between = chk(lambda x: (s := x.cumsum(0)) * s.sum(), x, rtol=2e-5, atol=1e-5)
+    assert between.K >= 2
+
+
+@pytest.mark.row("E3")
+def test_readers_of_a_scan_in_tiles_are_in_its_kernel() -> None:
+    text = """
+graph f(x: f32[1, 50000]@cuda, y: f32[50000]@cuda) {
+  s: f32[1, 50000]@cuda = scan (i0: 1, i1: 50000) along i1 (x[i0, i1]) by (left0 + right0) from (0.0:f32)
+  z: f32[50000]@cuda = pointwise (i0: 50000) s[0, i0] * y[i0]
+  return %z
+}"""
+    ctx = Context(Options.from_env({"cache_dir": None}), CostModel.analytical("cuda", 1))
+    graph = fuse_scan_readers(fuse(parse_graph(text).check(), ctx), ctx)
+    clear, scan = graph.nodes
+    assert isinstance(scan, Kernel)
+    assert [out.name for out in scan.outs] == ["s_tiles_told", "z"]
+    assert scan.mutates == (clear.defs[0].name,)
+    x, y = torch.rand(1, 50000), torch.rand(50000)
+    (found,) = run_reference([graph], [[x, y]])[0]
+    assert isinstance(found, Tensor)
+    torch.testing.assert_close(found, x[0].cumsum(0) * y, rtol=1e-5, atol=1e-5)
