@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -50,7 +51,9 @@ class Prices:
         """The time of all nodes of ``graph`` one after the other; None where it cannot be measured."""
         key = cache_key("price", hardware(self._device), torch.__version__, rounds_to_tf32(), structure(graph))
         with suppress(OSError, ValueError, KeyError, DCompileError, torch.OutOfMemoryError):
-            entry = self._cache.find(key) or self._cache.fetch(key, partial(self._measure, graph))
+            entry = self._cache.find(key) or _in_a_thread(
+                partial(self._cache.fetch, key, partial(self._measure, graph))
+            )
             return float(json.loads((entry / PRICE).read_text())["us"])
         return None
 
@@ -76,6 +79,12 @@ class Prices:
                 (us,) = timed([lambda: [step() for step in steps]], stream)
                 stream.synchronize()
         (entry / PRICE).write_text(json.dumps({"us": us}))
+
+
+def _in_a_thread(call: Callable[[], Path]) -> Path:
+    """The result of ``call``, away from the modes of a thread that captures programs: there every tensor is fake."""
+    with ThreadPoolExecutor(1, thread_name_prefix="dcompile-price") as pool:
+        return pool.submit(call).result()
 
 
 def structure(graph: Graph) -> str:
