@@ -203,3 +203,31 @@ def test_a_work_without_a_future_counts_as_over_when_it_is_waited_for(comm: Torc
     assert told == []
     comm.wait(handle)
     assert told == ["over"]
+
+
+def test_a_rank_that_averages_alone_counts_for_all() -> None:
+    """As if every rank had sent the same: whatever form the sum over ranks has, its share times their number."""
+    share = torch.randn(3, 2)
+    summed, gathered = torch.empty(3, 2), torch.empty(6, 2)
+    comm_module._keep_own("all_reduce", (share,), (summed,), 2)
+    comm_module._keep_own("all_gather", (share,), (gathered,), 2)
+    assert torch.equal(summed, share * 2)
+    assert torch.equal(gathered, torch.cat([share, share]))
+    with pytest.raises(CompilerBug, match="broadcast"):
+        comm_module._keep_own("broadcast", (share,), (summed,), 2)
+
+
+def test_a_lowering_on_few_multiprocessors_uses_a_group_of_its_own(
+    comm: TorchComm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = dist.new_group([0])
+    asked: list[object] = []
+    monkeypatch.setattr(comm_module, "few_ctas", lambda group: asked.append(group) or own)
+    used: list[object] = []
+    monkeypatch.setattr(dist, "all_reduce", lambda *_, group, **__: used.append(group) or Slow(0.0))
+    tensor = torch.randn(4)
+    call = ("all_reduce", (tensor,), (tensor,), "g0", "sum", None, True, "p")
+    comm.wait(comm.start(*call))
+    comm.wait(comm.start(*call, via="few_ctas"))
+    assert asked == [dist.group.WORLD]
+    assert used == [dist.group.WORLD, own]

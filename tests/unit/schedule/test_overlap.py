@@ -14,6 +14,8 @@ from dcompile.collectives.text import parse_graph, print_graph
 from dcompile.ir.graph import Graph
 from dcompile.ir.nodes import Node
 from dcompile.options import Options
+from dcompile.schedule.list_schedule import list_schedule
+from dcompile.schedule.live import footing
 from dcompile.schedule.overlap import PEAK_FACTOR, overlap, predict
 from dcompile.schedule.simulate import Problem, lower_bound, prepare, simulate
 
@@ -302,3 +304,26 @@ def test_ten_thousand_nodes_take_less_than_a_second_or_two() -> None:
     assert after != before
     # a third of a second on a quiet core, most of it the legality check
     assert time.process_time() - began < 4.0
+
+
+def test_arrived_results_are_used_up_before_more_is_launched() -> None:
+    """Each gathered tensor becomes a smaller one: kept until the end, six of them would be alive together."""
+    count = 6
+    text = "".join(
+        op(f"a{n}", f"a{n - 1}" if n else "x")
+        + f"p{n}: pending (g{n}: f32[32]) = start all_gather (a{n}) @g0[2]\n"
+        + op(f"b{n}", f"a{n}")
+        for n in range(count)
+    )
+    text += "".join(
+        f"g{n}: f32[32] = wait p{n}\ns{n}: f32[16] = extern my.half.default(%g{n}) -> my.half.out\n"
+        for n in range(count)
+    )
+    outputs = ", ".join(f"%s{n}, %b{n}" for n in range(count))
+    graph = parse_graph(f"graph f(x: f32[16]) {{\n{text}return {outputs}\n}}").check()
+    problem = prepare(graph, context({f"p{n}": 5.0 for n in range(count)}).costs)
+    first_launches = [(0.0 if n in problem.transfer else 1.0, n) for n in range(len(graph.nodes))]
+    order = list_schedule(problem, first_launches, footing(graph), cap_bytes=400, budget_bytes=ROOM)
+    places = {graph.nodes[position].defs[0].name: at for at, position in enumerate(order)}
+    for n in range(count - 3):
+        assert places[f"s{n}"] < places[f"p{n + 3}"], "two are in flight at most, and what has arrived is no more"
