@@ -15,7 +15,7 @@ from dcompile.capture import Captured, capture, graph_breaks, keep_whole, reset_
 from dcompile.counters import TALLY, Counters
 from dcompile.ddp import average_in_graph
 from dcompile.options import Options
-from dcompile.pipeline import Built, compile_graph
+from dcompile.pipeline import Built, compile_graph, memory_for
 from dcompile.runtime.calibrate import calibrate as measure_prices
 from dcompile.runtime.compiled import Graphing
 from dcompile.sharded import fully_sharded, is_fully_sharded
@@ -66,13 +66,16 @@ def backend(options: Options, observe: Observer | None = None) -> Callable[..., 
             graphing = Graphing(captured.returned, storage_users) if options.cuda_graphs else None
             chosen = replace(options, cache_dir=None) if _observers else options
             built = compile_graph(captured.gm, captured.name, chosen, graphing)
+            if memory is not None:
+                memory.compiled(built)
             for tell in (*_observers, *([observe] if observe is not None else [])):
                 tell(built)
             return built.run
 
         with TALLY.timed("capture"):
             begin = average_in_graph(gm)
-            program = capture(gm, example_inputs, compile_captured)
+            memory = None if _observers or observe is not None else memory_for(options, storage_users)
+            program = capture(gm, example_inputs, compile_captured, memory)
         return program if begin is None else _after(begin, program)
 
     run.is_dcompile = True  # type: ignore[attr-defined]

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,8 @@ class Counters:
         collectives: collectives started in one call of every graph.
         fallbacks: library calls made for want of a lowering rule, by op name.
         cache_hits, cache_misses: graphs loaded from, and not found in, the disk cache.
+        captures_recalled: graphs of Dynamo's whose programs were found without tracing them through AOTAutograd.
+        captures_refused: graphs that always have to be traced, by reason.
         seconds: wall seconds by stage; a stage inside another one counts only for itself.
         stage: what is being compiled at this moment (``"fuse"``, ``"c++ compiler"``), ``""`` when nothing is.
     """
@@ -37,6 +40,8 @@ class Counters:
     fallbacks: Counter[str] = field(default_factory=Counter)
     cache_hits: int = 0
     cache_misses: int = 0
+    captures_recalled: int = 0
+    captures_refused: Counter[str] = field(default_factory=Counter)
     seconds: Counter[str] = field(default_factory=Counter)
     stage: str = ""
 
@@ -71,6 +76,11 @@ class Tally:
                 )
             self._now = replace(self._now, fallbacks=self._now.fallbacks + names)
 
+    def add_refusal(self, reason: str) -> None:
+        """Count a graph that cannot be recalled."""
+        with self._lock:
+            self._now = replace(self._now, captures_refused=self._now.captures_refused + Counter({reason: 1}))
+
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
         """Adds the wall time of the block to ``seconds[stage]``; meanwhile ``stage`` is what snapshots show."""
@@ -94,7 +104,10 @@ class Tally:
         with self._lock:
             now = self._now
             stage = self._stages[-1] if self._stages else ""
-            return replace(now, fallbacks=Counter(now.fallbacks), seconds=Counter(now.seconds), stage=stage)
+            tables: dict[str, Any] = {
+                name: Counter(getattr(now, name)) for name in ("fallbacks", "captures_refused", "seconds")
+            }
+            return replace(now, **tables, stage=stage)
 
     def reset(self) -> None:
         with self._lock:

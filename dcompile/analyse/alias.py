@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import sympy
 
@@ -79,7 +80,7 @@ def _resolve(
 def _general(view: View, base: str, expr: sympy.Expr, addresses: dict[str, _Address]) -> Strided | None:
     """Resolve by symbolic differencing; a map that is not affine is kept in ``addresses`` for views of this view."""
     address = _Address(base, view.axes, simplify(expr, dict(view.axes)))
-    affine = _affine(address)
+    affine = _affine(address.axes, address.expr)
     if any(size == 0 for size in view.out.shape):
         affine = view.out.stride, 0
     if affine is None:
@@ -121,12 +122,13 @@ def _static_map(view: View, stride: tuple[Size, ...], offset: Size) -> tuple[tup
     return None if any(s < 0 for s, (_, size) in zip(result, view.axes, strict=True) if size != 1) else (result, offset)
 
 
-def _affine(address: _Address) -> tuple[tuple[Size, ...], Size] | None:
+@lru_cache(maxsize=65536)
+def _affine(axes: tuple[tuple[sympy.Symbol, Size], ...], address: sympy.Expr) -> tuple[tuple[Size, ...], Size] | None:
     """Strides and offset of an address by differencing; None if some step is not constant or runs backwards."""
-    variables = {var for var, _ in address.axes}
-    rest, steps = address.expr, []
-    for var, size in address.axes:
-        step = sympy.expand(address.expr.subs(var, 1) - address.expr.subs(var, 0)) if size != 1 else sympy.Integer(0)
+    variables = {var for var, _ in axes}
+    rest, steps = address, []
+    for var, size in axes:
+        step = sympy.expand(address.subs(var, 1) - address.subs(var, 0)) if size != 1 else sympy.Integer(0)
         if step.free_symbols & variables or step.is_negative:
             return None
         rest = rest - step * var

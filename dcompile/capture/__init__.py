@@ -1,7 +1,6 @@
 """FX to FX: what ``torch.compile`` hands a backend becomes plain ATen graphs. The only home of private PyTorch APIs."""
 
 from dcompile.capture.aot import (
-    Boxed,
     Captured,
     CompileGraph,
     GraphKind,
@@ -11,6 +10,8 @@ from dcompile.capture.aot import (
     reset_graph_breaks,
     tensors_in,
 )
+from dcompile.capture.identity import Unsuited
+from dcompile.capture.memory import Boxed, Memory
 from dcompile.capture.origins import source_of
 from dcompile.capture.storage import storage_users, tensor_users
 from dcompile.capture.under_ddp import (
@@ -26,6 +27,8 @@ __all__ = [
     "Captured",
     "CompileGraph",
     "GraphKind",
+    "Memory",
+    "Unsuited",
     "capture",
     "every_recompile",
     "graph_breaks",

@@ -11,6 +11,7 @@ from torch import fx
 from torch._functorch import config as functorch_config
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._ops import OpOverload
+from torch.fx._lazy_graph_module import _LazyGraphModule as LazyGraphModule
 
 from dcompile.capture.channels_last import restore_gradients
 from dcompile.capture.comm import acts, collectives_have_effects, communication, eliminate_dead_code
@@ -50,6 +51,7 @@ def partition(
         fwd, bwd = min_cut_rematerialization_partition(
             joint, inputs, num_fwd_outputs=num_fwd_outputs + len(forward), **known
         )
+    fwd, bwd = (LazyGraphModule.from_graphmodule(gm) for gm in (fwd, bwd))  # their Python code is never run
     _drop_outputs(fwd, num_fwd_outputs, num_fwd_outputs + len(forward))
     total = len(outputs_of(bwd))
     _drop_outputs(bwd, total - len(backward), total)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import sympy
 
 from dcompile.codegen.host_memory import HostMemory
@@ -116,23 +118,26 @@ class HostFrame(HostMemory):
         return dict(sorted(used.items()))
 
     def _layout(self, value: Value) -> str:
-        written = value.name in self._exposed_inputs()
+        written = value.name in self._exposed_inputs
         option = ", written=True" if written else ", library=True" if self._is_for_library(value) else ""
         device = "any" if self._is_seed(value) else value.device
         return f"rt.Layout({value.name!r}, {dtype_text(value.dtype)}, {device!r}{option})"
 
     def _is_for_library(self, value: Value) -> bool:
         """Whether only library calls read an input."""
-        readers = [node for node in self.graph.nodes if value.name in node.operands]
+        readers = self._readers(value)
         return bool(readers) and all(isinstance(node, Extern) for node in readers)
 
     def _is_seed(self, value: Value) -> bool:
         """A CUDA integer that only library calls read: it may really lie on the CPU (``runtime.inputs.ANY_DEVICE``)."""
         if value.device == "cpu" or value.shape != () or not value.dtype.is_int:
             return False
-        readers = [node for node in self.graph.nodes if value.name in node.operands]
-        return all(isinstance(node, Extern) for node in readers)
+        return all(isinstance(node, Extern) for node in self._readers(value))
 
+    def _readers(self, value: Value) -> list[Node]:
+        return [self.graph.nodes[position] for position in self.graph.users[value.name]]
+
+    @cached_property
     def _exposed_inputs(self) -> frozenset[str]:
         """Inputs whose memory the program writes or returns: a copy would not do."""
         anchors = {self.places[name].anchor for node in self.graph.nodes for name in node.mutates}

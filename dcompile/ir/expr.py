@@ -13,12 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeVar, cast
 from weakref import WeakValueDictionary
 
 import sympy
 
-from dcompile.ir.index import symbol
+from dcompile.ir.index import replaced, symbol
 from dcompile.ir.ops import OPS, Result
 from dcompile.ir.types import DType
 
@@ -32,6 +33,11 @@ class Expr:
     @property
     def children(self) -> tuple[Expr, ...]:
         return ()
+
+    @cached_property
+    def loads_below(self) -> tuple[Load, ...]:
+        """All distinct loads under this expression, itself not counted, operands before users."""
+        return tuple(node for node in walk(self) if isinstance(node, Load) and node is not self)
 
 
 @dataclass(frozen=True, eq=False)
@@ -242,21 +248,23 @@ def substitute(root: Expr, mapping: Mapping[sympy.Symbol, sympy.Expr], bind: tup
     ``mapping`` may use ``q0..`` for the values of ``bind``; they are carried into each index that needs them.
     """
 
+    pairs = tuple((v, sympy.sympify(e)) for v, e in mapping.items())
+
     def leaf(node: Expr) -> Expr | None:
         if not isinstance(node, Load | Index):
             return None
         shift = {bound(n): bound(n + len(node.bind)) for n in range(len(bind))} if bind and node.bind else {}
-        here = {v: e.xreplace(shift) for v, e in mapping.items()} if shift else mapping
+        here = tuple((v, e.xreplace(shift)) for v, e in pairs) if shift else pairs
         if isinstance(node, Load):
-            return load(node.buffer, tuple(i.xreplace(here) for i in node.index), node.dtype, node.bind + bind)
-        return index(node.expr.xreplace(here), node.dtype, node.bind + bind)
+            return load(node.buffer, tuple(replaced(i, here) for i in node.index), node.dtype, node.bind + bind)
+        return index(replaced(node.expr, here), node.dtype, node.bind + bind)
 
     return transform(root, leaf)
 
 
 def loads(root: Expr) -> tuple[Load, ...]:
     """All distinct loads, including those inside bindings."""
-    return tuple(node for node in walk(root) if isinstance(node, Load))
+    return (*root.loads_below, root) if isinstance(root, Load) else root.loads_below
 
 
 def flops(root: Expr) -> int:

@@ -200,7 +200,12 @@ def _join_div_mod(expr: sympy.Expr, ranges: tuple[tuple[sympy.Symbol, Size], ...
 
 def simplify(expr: sympy.Expr | int, ranges: Ranges) -> sympy.Expr:
     """Rewrite ``expr`` to an equal, usually shorter one given that every variable stays in its range."""
-    expr = sympy.sympify(expr)
+    return _simplified(sympy.sympify(expr), tuple(ranges.items()))
+
+
+@lru_cache(maxsize=65536)
+def _simplified(expr: sympy.Expr, pairs: tuple[tuple[sympy.Symbol, Size], ...]) -> sympy.Expr:
+    ranges = dict(pairs)
     if expr.is_Symbol or expr.is_Integer:
         return sympy.Integer(0) if expr in ranges and ranges[expr] == 1 else expr
     ones = {var: 0 for var, size in ranges.items() if size == 1}
@@ -211,9 +216,20 @@ def simplify(expr: sympy.Expr | int, ranges: Ranges) -> sympy.Expr:
     return _simplify(expr, key)
 
 
+@lru_cache(maxsize=65536)
+def replaced(expr: sympy.Expr, pairs: tuple[tuple[sympy.Symbol, sympy.Expr], ...]) -> sympy.Expr:
+    """``expr`` with each first symbol of a pair replaced by the second, all at once."""
+    return expr.xreplace(dict(pairs))
+
+
 def flatten_index(index: tuple[sympy.Expr, ...], stride: tuple[Size, ...]) -> sympy.Expr:
     """The address ``sum(index * stride)``, in elements."""
-    return sympy.expand(sum((i * s for i, s in zip(index, stride, strict=True)), sympy.Integer(0)))
+    return _weighted_sum(tuple(index), tuple(stride))
+
+
+@lru_cache(maxsize=65536)
+def _weighted_sum(terms: tuple[sympy.Expr, ...], weights: tuple[Size, ...]) -> sympy.Expr:
+    return sympy.expand(sum((term * weight for term, weight in zip(terms, weights, strict=True)), sympy.Integer(0)))
 
 
 def unflatten(flat: sympy.Expr, shape: tuple[Size, ...]) -> tuple[sympy.Expr, ...]:

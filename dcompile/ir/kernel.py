@@ -22,6 +22,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from enum import Enum
+from functools import cached_property
 from typing import TypeAlias
 
 import sympy
@@ -181,8 +182,8 @@ class Kernel(Node):
     def defs(self) -> tuple[Value, ...]:
         return self.outs
 
-    @property
-    def operands(self) -> tuple[str, ...]:
+    @cached_property
+    def operands(self) -> tuple[str, ...]:  # type: ignore[override]
         """Targets first, then loaded buffers; values the kernel itself writes or keeps in scratch are not operands."""
         own = {out.name for out in self.outs} | {s.name for s in statements(self.body) if isinstance(s, Scratch)}
         names = [t for t in self.targets if t is not None]

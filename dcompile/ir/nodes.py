@@ -104,8 +104,8 @@ class Pointwise(Node):
     def defs(self) -> tuple[Value, ...]:
         return (self.out,)
 
-    @property
-    def operands(self) -> tuple[str, ...]:
+    @cached_property
+    def operands(self) -> tuple[str, ...]:  # type: ignore[override]
         return _buffers(self.expr)
 
     @property
@@ -150,8 +150,8 @@ class Reduction(Node):
         """Everything that enters, ``expr`` first."""
         return (self.expr, *self.others)
 
-    @property
-    def operands(self) -> tuple[str, ...]:
+    @cached_property
+    def operands(self) -> tuple[str, ...]:  # type: ignore[override]
         return _buffers(*self.exprs)
 
     def map(self, change: Callable[[ex.Expr], ex.Expr]) -> Reduction:
@@ -188,8 +188,8 @@ class Scan(Node):
     def defs(self) -> tuple[Value, ...]:
         return self.outs
 
-    @property
-    def operands(self) -> tuple[str, ...]:
+    @cached_property
+    def operands(self) -> tuple[str, ...]:  # type: ignore[override]
         return _buffers(*self.exprs)
 
     def map(self, change: Callable[[ex.Expr], ex.Expr]) -> Scan:
@@ -242,8 +242,8 @@ class Store(Node):
     def defs(self) -> tuple[Value, ...]:
         return (self.out,)
 
-    @property
-    def operands(self) -> tuple[str, ...]:
+    @cached_property
+    def operands(self) -> tuple[str, ...]:  # type: ignore[override]
         return tuple(dict.fromkeys((self.target, *_buffers(self.expr, *self.bind))))
 
     @property

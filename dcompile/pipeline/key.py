@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 
 from dcompile.analyse.calibration import calibrated
@@ -20,16 +24,35 @@ from dcompile.runtime.toolchain import compiler_fingerprint
 from dcompile.runtime.triton_kernels import triton_fingerprint
 
 
-def costs_of(lowered: Lowered, options: Options) -> CostModel:
+@dataclass(frozen=True)
+class Traffic:
+    """What the prices of a program depend on.
+
+    Attributes:
+        device: where it computes.
+        sizes: number of ranks by group label.
+        groups: process group, as the traced program names it, by label.
+    """
+
+    device: str
+    sizes: Mapping[str, int]
+    groups: Mapping[str, Any]
+
+
+def traffic_of(lowered: Lowered) -> Traffic:
+    """The groups a program communicates in."""
+    sizes = {node.group.label: node.group.size for node in lowered.graph.nodes if isinstance(node, Start)}
+    return Traffic("cuda" if "cuda" in devices(lowered.graph) else "cpu", sizes, lowered.group_names)
+
+
+def costs_of(traffic: Traffic, options: Options) -> CostModel:
     """The prices of the user's topology; else documented ones, or measured ones of the groups that were calibrated."""
     if options.topology is not None:
-        ranks = {label: group_ranks(group) for label, group in lowered.group_names.items()}
+        ranks = {label: group_ranks(group) for label, group in traffic.groups.items()}
         return read_topology(options.topology).costs(ranks)
-    starts = [node for node in lowered.graph.nodes if isinstance(node, Start)]
-    device = "cuda" if "cuda" in devices(lowered.graph) else "cpu"
-    prices = CostModel.analytical(device, max((start.group.size for start in starts), default=1))
-    measured = {start.group.label: calibration_of(lowered.group_names[start.group.label]) for start in starts}
-    return calibrated(prices, device, {label: found for label, found in measured.items() if found is not None})
+    prices = CostModel.analytical(traffic.device, max(traffic.sizes.values(), default=1))
+    measured = {label: calibration_of(traffic.groups[label]) for label in traffic.sizes}
+    return calibrated(prices, traffic.device, {label: found for label, found in measured.items() if found is not None})
 
 
 def key_of(lowered: Lowered, options: Options) -> str:
@@ -37,7 +60,7 @@ def key_of(lowered: Lowered, options: Options) -> str:
     return cache_key(
         print_graph(lowered.graph),
         options.affects_code(),
-        repr(costs_of(lowered, options)),
+        repr(costs_of(traffic_of(lowered), options)),
         options.timeline,
         own_sources(),
         torch.__version__,

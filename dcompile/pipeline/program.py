@@ -28,13 +28,13 @@ from dcompile.lower import Extra, Lowered, OnDevice, SizeOf, lower
 from dcompile.options import Options, process_rank
 from dcompile.pipeline.devices import devices, why_no_kernels
 from dcompile.pipeline.facts import count, facts_of
-from dcompile.pipeline.key import costs_of, key_of
+from dcompile.pipeline.key import Traffic, costs_of, key_of, traffic_of
 from dcompile.pipeline.passes import run_passes
 from dcompile.pipeline.prices import Prices, rounds_to_tf32
 from dcompile.plan import Plan
 from dcompile.runtime.autotune import DeviceTimer, Tuner
 from dcompile.runtime.board import announce_compile
-from dcompile.runtime.cache import Cache
+from dcompile.runtime.cache import Cache, cache_key
 from dcompile.runtime.comm import group_size
 from dcompile.runtime.compiled import (
     VANISHED,
@@ -66,6 +66,8 @@ class Built:
         seconds: compile time by stage, without the C++ compiler, which runs in the background.
         op_by_op: why there are no kernels and every op is a library call; "" where there are.
         inner: the programs it calls.
+        reference: what names it for other processes, or why nothing does.
+        loaded: its cache entry, once it is built; None where there is none.
     """
 
     name: str
@@ -76,10 +78,34 @@ class Built:
     seconds: Mapping[str, float] = field(default_factory=dict)
     op_by_op: str = ""
     inner: tuple[Built, ...] = ()
+    reference: Reference | str = "a program without an entry in the cache"
+    loaded: Future[Loaded] | None = None
 
     def calls_json(self) -> str:
         """Its library calls for another executor; see ``codegen.calls``."""
         return calls_json(self.plan.graph) if self.plan is not None else "[]"
+
+
+Users = Callable[[torch.Tensor], int]
+"""``Graphing.users``."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A program that some process has built, without its graph.
+
+    Attributes:
+        key: of its cache entry.
+        traffic, prices: the groups it communicates in, and a digest of the prices it was scheduled by.
+        extra_inputs: what it takes besides its own inputs.
+        returned: ``Graphing.returned``.
+    """
+
+    key: str
+    traffic: Traffic
+    prices: str
+    extra_inputs: tuple[Extra, ...]
+    returned: int
 
 
 @dataclass(frozen=True)
@@ -130,26 +156,27 @@ def _build(lowered: Lowered, name: str, options: Options, watch: Watch, graphing
     }
     programs = {**lowered.modules, **{key: built.run for key, built in inner.items()}}
     watched = bool(options.show or options.dump_dir)
-    cache = _cache(None if watched else options.cache_dir, options.deadline_s)
+    cache = cache_of(replace(options, cache_dir=None) if watched else options)
     key = key_of(lowered, options)
     complete = partial(_complete, lowered.extra_inputs)
 
-    def compiled(loaded: Future[Loaded]) -> CompiledGraph:
-        groups = lowered.group_names
-        return CompiledGraph(name, loaded, groups, complete, options, graphing, programs, tensor_users)
+    def built(loaded: Future[Loaded]) -> Built:
+        run = CompiledGraph(name, loaded, lowered.group_names, complete, options, graphing, programs, tensor_users)
+        named = _reference(key, lowered, options, graphing)
+        return Built(name, run, inner=tuple(inner.values()), reference=named, loaded=loaded)
 
     if (found := _cached(cache, key)) is not None:
         count(found.facts, graphing, hits=1)
         ready: Future[Loaded] = Future()
         ready.set_result(found)
-        return Built(name, compiled(ready), inner=tuple(inner.values()))
+        return built(ready)
     place = meeting_place(cache) if options.compile_once else None
     sharing = place.join(key) if place is not None else None
     if place is not None and sharing is None:
         here = partial(_compile_here, lowered, name, options, watch, cache, key, graphing)
         arrived = partial(count, graphing=graphing, hits=1)
         coming = receive_or(place, key, cache, options.deadline_s, arrived, here)
-        return Built(name, compiled(coming), inner=tuple(inner.values()))
+        return built(coming)
     try:
         announce_compile(name)  # until its first call has loaded it
         made = _print(lowered, name, options, watch)
@@ -160,8 +187,47 @@ def _build(lowered: Lowered, name: str, options: Options, watch: Watch, graphing
         raise
     count(made.facts, graphing, misses=1)
     building = _builders().submit(build_and_share, cache, key, made.write, sharing)
-    seconds = dict(watch.seconds)
-    return Built(name, compiled(building), made.plan, made.module, made.host, seconds, inner=tuple(inner.values()))
+    seen: dict[str, Any] = {"plan": made.plan, "kernels": made.module, "host": made.host}
+    return replace(built(building), **seen, seconds=dict(watch.seconds))
+
+
+MAX_CONSTANT_BYTES = 2**20
+"""Constants of a program that another process may get with its reference."""
+
+
+def _reference(key: str, lowered: Lowered, options: Options, graphing: Graphing | None) -> Reference | str:
+    """What names a program, or why nothing does."""
+    if lowered.programs or lowered.modules:
+        return "programs inside the program"
+    if any(isinstance(extra, OnDevice) for extra in lowered.extra_inputs):
+        return "constants that are moved to another device"
+    constants = [extra for extra in lowered.extra_inputs if isinstance(extra, torch.Tensor)]
+    if any(type(c) is not torch.Tensor or c.device.type != "cpu" for c in constants):
+        return "constants that are no plain tensors on the CPU"
+    if sum(constant.nbytes for constant in constants) > MAX_CONSTANT_BYTES:
+        return "large constants"
+    traffic = traffic_of(lowered)
+    if not all(isinstance(group, str) for group in traffic.groups.values()):
+        return "process groups without a name"
+    prices = cache_key(repr(costs_of(traffic, options)))
+    return Reference(key, traffic, prices, lowered.extra_inputs, graphing.returned if graphing is not None else 0)
+
+
+def recall_program(reference: Reference, name: str, options: Options, users: Users | None) -> Built | None:
+    """The program of a reference; None if it is not in the cache, or would be scheduled otherwise today."""
+    if cache_key(repr(costs_of(reference.traffic, options))) != reference.prices:
+        return None
+    found = _cached_or_published(cache_of(options), reference.key, options)
+    if found is None:
+        return None
+    graphing = Graphing(reference.returned, users) if users is not None and options.cuda_graphs else None
+    TALLY.add(graphs=1)
+    count(found.facts, graphing, hits=1)
+    ready: Future[Loaded] = Future()
+    ready.set_result(found)
+    complete = partial(_complete, reference.extra_inputs)
+    run = CompiledGraph(name, ready, reference.traffic.groups, complete, options, graphing, {}, tensor_users)
+    return Built(name, run, reference=reference, loaded=ready)
 
 
 @dataclass(frozen=True)
@@ -176,7 +242,11 @@ class _Printed:
 
 
 def _print(lowered: Lowered, name: str, options: Options, watch: Watch) -> _Printed:
+<<<<<<< HEAD
     plan = run_passes(lowered.graph, _context(lowered, options), watch)
+=======
+    plan = run_passes(lowered.graph, Context(options, costs_of(traffic_of(lowered), options)), watch)
+>>>>>>> 7521a40 (Compiling costs a fraction: AOTAutograd's findings are kept on disk, facts of nodes and index arithmetic are found once, backward programs are lowered while the forward one compiles)
     with watch.stage("codegen"):
         module, gpu = print_cpp(plan.graph), print_triton(plan.graph, variants=options.autotune)
         host = print_host(plan, Kernels({**module.calls, **gpu.calls}), name, options.timeline, options.assert_layouts)
@@ -227,6 +297,23 @@ def _builders() -> ThreadPoolExecutor:
 
 
 os.register_at_fork(after_in_child=_builders.cache_clear)
+
+
+def cache_of(options: Options) -> Cache:
+    """The cache that options name."""
+    return _cache(options.cache_dir, options.deadline_s)
+
+
+def _cached_or_published(cache: Cache, key: str, options: Options) -> Loaded | None:
+    """``_cached``, or what another rank has sent; this rank sends what it has to ranks that may want it."""
+    found = _cached(cache, key)
+    place = meeting_place(cache) if options.compile_once else None
+    if place is None:
+        return found
+    if found is not None:
+        place.offer(key, found.folder)
+        return found
+    return _cached(cache, key) if place.published(key, cache, options.deadline_s) is not None else None
 
 
 @lru_cache(maxsize=8)

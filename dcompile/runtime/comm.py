@@ -156,6 +156,16 @@ def group_size(name: Any) -> int:
     return dist.get_world_size(find_group(name))
 
 
+def known_group_size(name: str) -> int | None:
+    """Ranks of the process group called ``name``; None if this process has no group of that name."""
+    if not dist.is_available() or not dist.is_initialized():
+        return None
+    try:
+        return group_size(name)
+    except Unsupported:
+        return None
+
+
 def group_ranks(name: Any) -> list[int]:
     """Global ranks of the process group called ``name``, in its order.
 

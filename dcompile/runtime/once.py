@@ -53,6 +53,7 @@ class Place:
     def __init__(self, store: Any, rank: int, world: int, identity: str, silence_s: float | None = None) -> None:
         self._store, self._rank, self._world = store, rank, world
         self._identity, self._silence_s = identity, SILENCE_S if silence_s is None else silence_s
+        self._sharing: bool | None = None
         store.set(f"{PREFIX}/cache/{rank}", identity or f"none {rank}")
 
     def join(self, key: str) -> Building | None:
@@ -60,6 +61,11 @@ class Place:
         if self._store.add(f"{PREFIX}/{key}/claims", 1) > 1:
             return None
         return Building(self._store, key, self._publish)
+
+    def offer(self, key: str, entry: Path) -> None:
+        """Give ranks that do not share this rank's folder an entry it already has, unless somebody builds it."""
+        if not self._all_share() and (building := self.join(key)) is not None:
+            building.finish(entry)
 
     def _publish(self, key: str, entry: Path | None) -> None:
         if entry is None:
@@ -76,10 +82,11 @@ class Place:
 
     def _all_share(self) -> bool:
         """Whether every rank is known to use this rank's cache folder."""
-        keys = [f"{PREFIX}/cache/{rank}" for rank in range(self._world)]
-        if not self._identity or not self._store.check(keys):
-            return False
-        return all(self._store.get(key).decode() == self._identity for key in keys)
+        if self._sharing is None and self._identity:
+            keys = [f"{PREFIX}/cache/{rank}" for rank in range(self._world)]
+            if self._store.check(keys):  # every rank has said which folder it uses, and keeps to it
+                self._sharing = all(self._store.get(key).decode() == self._identity for key in keys)
+        return bool(self._sharing)
 
     def receive(self, key: str, cache: Cache, deadline_s: float) -> Path | None:
         """The folder of ``key``, which another rank builds; None if that fails, and this rank has to compile."""
@@ -97,6 +104,12 @@ class Place:
             cache.counters.corrupt += bool(packed)
             return None
         return cache.fetch(key, lambda folder: unpack(packed, folder))
+
+    def published(self, key: str, cache: Cache, deadline_s: float) -> Path | None:
+        """``receive``, if ``key`` is there to be received; waits for nobody."""
+        if not self._store.check([f"{PREFIX}/{key}/done"]):
+            return None
+        return self.receive(key, cache, deadline_s)
 
     def _wait(self, key: str, deadline_s: float) -> Any:
         """What the builder says at the end; None if it falls silent."""

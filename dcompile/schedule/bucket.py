@@ -49,6 +49,8 @@ def bucket_collectives(graph: Graph, ctx: Context) -> Graph:
 
     Leaves a verdict for every size tried and for every collective that cannot be merged.
     """
+    if not any(isinstance(node, Start) for node in graph.nodes):
+        return graph
     graph = _ahead(graph, ctx)
     before = true_predecessors(graph)
     members = _members(graph, before, ctx)

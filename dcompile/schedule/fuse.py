@@ -15,6 +15,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import sympy
 
@@ -26,6 +27,7 @@ from dcompile.ir import expr as ex
 from dcompile.ir.graph import Graph, hint
 from dcompile.ir.index import product
 from dcompile.ir.nodes import Node, Pointwise, Reduction, Scan, Store, View
+from dcompile.ir.types import Size
 from dcompile.schedule.emit import PARALLEL_WORK, emit_kernel
 from dcompile.schedule.group import Group, Member
 from dcompile.schedule.loops import Domain, Form, coefficient, form_of, place
@@ -105,7 +107,14 @@ def natural_domain(form: Form) -> Domain:
     return Domain(tuple(size for _, size in form.axes), inner)
 
 
-def _same(a: object, b: object) -> bool:
+def _same(a: Size | sympy.Expr, b: Size | sympy.Expr) -> bool:
+    return True if a is b else _equal(a, b)
+
+
+@lru_cache(maxsize=65536)
+def _equal(a: Size | sympy.Expr, b: Size | sympy.Expr) -> bool:
+    if isinstance(a, int) and isinstance(b, int):
+        return a == b
     return bool(sympy.expand(sympy.sympify(a) - sympy.sympify(b)) == 0)
 
 

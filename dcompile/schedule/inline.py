@@ -162,8 +162,16 @@ def _inline(reader: Node, producer: Pointwise) -> Node:
     return replace(reader.map(lambda e: ex.transform(e, leaf)), origin=origin)
 
 
+def _divides(node: ex.Expr) -> bool:
+    indices = node.index if isinstance(node, ex.Load) else (node.expr,) if isinstance(node, ex.Index) else ()
+    return any(index.has(FloorDiv, Mod) for index in indices)
+
+
 def tidy(root: ex.Expr, ranges: Ranges) -> ex.Expr:
     """Simplify the index arithmetic of ``root`` under the loop ranges."""
+
+    if not any(_divides(node) for node in ex.walk(root)):
+        return root
 
     def short(entry: sympy.Expr) -> sympy.Expr:
         return simplify(entry, ranges) if entry.has(FloorDiv, Mod) else entry

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import TypeAlias
 
 import sympy
 
 from dcompile.ir import expr as ex
 from dcompile.ir.graph import Graph
-from dcompile.ir.index import FloorDiv, Mod, flatten_index, product, simplify, symbol, unflatten
+from dcompile.ir.index import FloorDiv, Mod, flatten_index, product, replaced, simplify, symbol, unflatten
 from dcompile.ir.nodes import Axis, Pointwise, Reduction, Store
 from dcompile.ir.types import Size
 from dcompile.schedule.inline import tidy
@@ -108,6 +109,7 @@ def step_key(address: sympy.Expr, var: sympy.Symbol) -> tuple[int, int]:
     return (0, 0) if step is None or step == 0 or not step.is_Integer else (1, -int(step))
 
 
+@lru_cache(maxsize=65536)
 def coefficient(address: sympy.Expr, var: sympy.Symbol) -> sympy.Expr | None:
     """By how much ``address`` grows with ``var``; None where that is not constant."""
     if var not in address.free_symbols:
@@ -146,6 +148,7 @@ def _merge(form: Form, which: str) -> Form:
     return replace(form, axes=tuple(axes)) if which == "axes" else replace(form, raxes=tuple(axes))
 
 
+@lru_cache(maxsize=65536)
 def steps_as_one(address: sympy.Expr, outer: sympy.Symbol, inner: sympy.Symbol, inner_size: Size) -> bool:
     free = address.free_symbols
     if outer not in free and inner not in free:
@@ -155,7 +158,8 @@ def steps_as_one(address: sympy.Expr, outer: sympy.Symbol, inner: sympy.Symbol, 
 
 
 def _substitute(form: Form, mapping: dict[sympy.Symbol, sympy.Expr]) -> Form:
-    return form.map(lambda e: ex.substitute(e, mapping), lambda address: address.xreplace(mapping))
+    pairs = tuple(mapping.items())
+    return form.map(lambda e: ex.substitute(e, mapping), lambda address: replaced(address, pairs))
 
 
 @dataclass(frozen=True)
@@ -222,7 +226,12 @@ def place(form: Form, domain: Domain, spread: str) -> Placed | None:
     return result
 
 
+<<<<<<< HEAD
 def image(own: tuple[Axis, ...], target: tuple[Axis, ...]) -> dict[sympy.Symbol, sympy.Expr] | None:
+=======
+@lru_cache(maxsize=65536)
+def _image(own: tuple[Axis, ...], target: tuple[Axis, ...]) -> dict[sympy.Symbol, sympy.Expr] | None:
+>>>>>>> 7521a40 (Compiling costs a fraction: AOTAutograd's findings are kept on disk, facts of nodes and index arithmetic are found once, backward programs are lowered while the forward one compiles)
     """Each own variable as an expression of the target's, both enumerating the same row-major positions."""
     sizes = tuple(size for _, size in own)
     if sizes == tuple(size for _, size in target):

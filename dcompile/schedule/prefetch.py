@@ -15,6 +15,7 @@ from itertools import accumulate
 
 from dcompile.analyse.context import NodePrices
 from dcompile.analyse.cost import CostModel
+from dcompile.collectives.nodes import Start
 from dcompile.ir.graph import Graph
 from dcompile.ir.kernel import Kernel
 from dcompile.ir.nodes import Node, Pack, Pointwise, View
@@ -32,9 +33,9 @@ CHEAP = 0.5
 
 def prefetch(graph: Graph, costs: CostModel, prices: NodePrices | None = None) -> Graph:
     """``graph`` with launches that only depend on inputs moved to where they are due, what feeds them included."""
-    problem = prepare(graph, costs, prices)
-    if len(problem.transfer) < 2:
+    if sum(isinstance(node, Start) for node in graph.nodes) < 2:
         return graph
+    problem = prepare(graph, costs, prices)
     before = true_predecessors(graph)
     clock = (0.0, *accumulate(problem.cost))
     free: dict[str, float] = {}
