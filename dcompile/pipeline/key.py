@@ -16,6 +16,7 @@ from dcompile.collectives.text import print_graph
 from dcompile.lower import Lowered
 from dcompile.options import Options
 from dcompile.pipeline.devices import devices, loop_devices
+from dcompile.pipeline.prices import rounds_to_tf32
 from dcompile.runtime.cache import cache_key
 from dcompile.runtime.calibrate import calibration_of
 from dcompile.runtime.comm import group_ranks
@@ -62,6 +63,7 @@ def key_of(lowered: Lowered, options: Options) -> str:
         options.affects_code(),
         repr(costs_of(traffic_of(lowered), options)),
         options.timeline,
+        rounds_to_tf32(),
         own_sources(),
         torch.__version__,
         compiler_fingerprint(options.cxx) if "cpu" in loop_devices(lowered.graph) else None,

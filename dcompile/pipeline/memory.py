@@ -15,6 +15,7 @@ from dcompile.capture import Boxed, Unsuited
 from dcompile.counters import TALLY
 from dcompile.errors import DCompileError, ToolchainError
 from dcompile.options import Options
+from dcompile.pipeline.prices import rounds_to_tf32
 from dcompile.pipeline.program import Built, Reference, Users, cache_of, recall_program
 from dcompile.runtime.cache import cache_key
 from dcompile.runtime.comm import known_group_size
@@ -51,7 +52,7 @@ class ProgramMemory:
     def salt(self) -> str:
         """See ``capture.Memory``."""
         chosen = self._options
-        flags = (chosen.timeline, chosen.tracebacks, chosen.cuda_graphs)
+        flags = (chosen.timeline, chosen.tracebacks, chosen.cuda_graphs, rounds_to_tf32())
         try:
             cxx: Any = compiler_fingerprint(chosen.cxx)
         except (ToolchainError, OSError):

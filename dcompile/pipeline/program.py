@@ -242,11 +242,7 @@ class _Printed:
 
 
 def _print(lowered: Lowered, name: str, options: Options, watch: Watch) -> _Printed:
-<<<<<<< HEAD
     plan = run_passes(lowered.graph, _context(lowered, options), watch)
-=======
-    plan = run_passes(lowered.graph, Context(options, costs_of(traffic_of(lowered), options)), watch)
->>>>>>> 7521a40 (Compiling costs a fraction: AOTAutograd's findings are kept on disk, facts of nodes and index arithmetic are found once, backward programs are lowered while the forward one compiles)
     with watch.stage("codegen"):
         module, gpu = print_cpp(plan.graph), print_triton(plan.graph, variants=options.autotune)
         host = print_host(plan, Kernels({**module.calls, **gpu.calls}), name, options.timeline, options.assert_layouts)
@@ -264,7 +260,7 @@ def _print(lowered: Lowered, name: str, options: Options, watch: Watch) -> _Prin
 
 
 def _context(lowered: Lowered, options: Options) -> Context:
-    context = Context(options, costs_of(lowered, options), tf32=rounds_to_tf32())
+    context = Context(options, costs_of(traffic_of(lowered), options), tf32=rounds_to_tf32())
     if options.autotune and "cuda" in devices(lowered.graph):
         prices = Prices(_cache(options.cache_dir, options.deadline_s), _tuner(options), torch.cuda.current_device())
         context.measure = prices

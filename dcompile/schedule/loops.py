@@ -226,12 +226,8 @@ def place(form: Form, domain: Domain, spread: str) -> Placed | None:
     return result
 
 
-<<<<<<< HEAD
-def image(own: tuple[Axis, ...], target: tuple[Axis, ...]) -> dict[sympy.Symbol, sympy.Expr] | None:
-=======
 @lru_cache(maxsize=65536)
-def _image(own: tuple[Axis, ...], target: tuple[Axis, ...]) -> dict[sympy.Symbol, sympy.Expr] | None:
->>>>>>> 7521a40 (Compiling costs a fraction: AOTAutograd's findings are kept on disk, facts of nodes and index arithmetic are found once, backward programs are lowered while the forward one compiles)
+def image(own: tuple[Axis, ...], target: tuple[Axis, ...]) -> dict[sympy.Symbol, sympy.Expr] | None:
     """Each own variable as an expression of the target's, both enumerating the same row-major positions."""
     sizes = tuple(size for _, size in own)
     if sizes == tuple(size for _, size in target):

@@ -13,6 +13,7 @@ from dcompile.ir import expr as ex
 from dcompile.ir.graph import Graph
 from dcompile.ir.nodes import Node, Pointwise, Reduction
 from dcompile.ir.types import DType, Size
+from dcompile.schedule.loops import index_parts
 
 
 def close_one_hot_sums(graph: Graph, ctx: Context) -> Graph:
@@ -40,7 +41,7 @@ def _closed(node: Reduction) -> ex.Expr | None:
         return None
     ((test, place),) = tests.items()
     hit, miss = (_decided(node.expr, test, answer) for answer in (True, False))
-    if any(var in part.free_symbols for root in (hit, miss, place) for part in ex.index_parts(root)):
+    if any(var in part.free_symbols for root in (hit, miss, place) for part in index_parts(root)):
         return None
     return _total(hit, miss, place, size)
 
