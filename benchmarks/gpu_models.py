@@ -37,7 +37,7 @@ import dcompile
 from dcompile.backend import backend
 from dcompile.options import Options
 
-BACKENDS = ("eager", "inductor", "inductor max", "dcompile", "dcompile graphs")
+BACKENDS = ("eager", "inductor", "inductor max", "dcompile", "dcompile tuned", "dcompile graphs")
 SETTLING = 8
 """Steps before the timed ones: allocators settle, and graphs are captured."""
 
@@ -220,7 +220,7 @@ def compiled(model: nn.Module, name: str) -> nn.Module:
         return model
     if name.startswith("inductor"):
         return torch.compile(model, mode="max-autotune" if name.endswith("max") else None)  # type: ignore[return-value]
-    options = Options.from_env({"cuda_graphs": name.endswith("graphs")})
+    options = Options.from_env({"cuda_graphs": name.endswith("graphs"), "autotune": name.endswith("tuned")})
     return torch.compile(model, backend=backend(options))  # type: ignore[return-value]
 
 
