@@ -34,13 +34,19 @@ fewer, larger ones."""
 LEAST_ROWS = 8
 """Rows of a strip: the running values of fewer are as many bytes as the rows."""
 
-MOST_HELD = 16384
-"""Most running values of one program beside reductions of rows: 32 f32 in each of 512 threads."""
+WIDE, MOST_MORE, ROWS_OF_MORE = 2048, 8, 32
+"""Rows shorter than this keep a program of fewer warps busy: there are more strips then, up to so many times, but none
+shorter than so many rows."""
+
+MOST_HELD, LONGEST_HELD = 16384, 8192
+"""Most running values of one program beside reductions of rows, 32 f32 in each of 512 threads, and of one column each:
+beyond, registers spill."""
 
 
-def strips_of(rows: int, multiprocessors: int) -> int | None:
+def strips_of(rows: int, columns: int, multiprocessors: int) -> int | None:
     """Number of strips of equal length that ``rows`` are cut into; None if they would be too few or too short."""
     wanted = STRIPS_EACH * multiprocessors
+    wanted = min(wanted * max(1, min(WIDE // columns, MOST_MORE)), max(wanted, rows // ROWS_OF_MORE))
     counts = [n for n in range(multiprocessors, 2 * wanted + 1) if rows % n == 0 and rows // n >= LEAST_ROWS]
     return min(counts, key=lambda n: (abs(n - wanted), n), default=None)
 
@@ -57,7 +63,7 @@ class StripFinder:
         columns, rows = (product(tuple(size for _, size in axes)) for axes in (node.axes, node.raxes))
         if node.kind not in KINDS or not isinstance(columns, int) or not isinstance(rows, int) or columns <= 1:
             return None
-        count = strips_of(rows, multiprocessors)
+        count = strips_of(rows, columns, multiprocessors)
         if count is None:
             return None
         saved = self._shared_bytes(node, rows, columns)
@@ -148,8 +154,9 @@ def strip_group(rows: Group, columns: Group, again: Maker) -> Group | None:
     members = tuple(sorted((m for m in placed if m is not None), key=lambda m: m.position))
     if len(members) < len(placed) or not all(isinstance(n, int) for n in inner):
         return None
-    held = sum(m.spread == "strip" for m in members) * int(product(inner))
-    if any(m.spread == "fold" for m in members) and held > MOST_HELD:
+    width = int(product(inner))
+    held = sum(m.spread == "strip" for m in members) * width
+    if any(m.spread == "fold" for m in members) and (held > MOST_HELD or width > LONGEST_HELD):
         return None
     return Group(domain, False, members, strips=True) if _runs_along_rows(members, domain) else None
 

@@ -107,8 +107,9 @@ graph f(x: bool[64, 48]@cuda) {
 
 
 def test_strips_divide_the_rows() -> None:
-    assert strips_of(65536, 132) == 512
-    assert strips_of(64 * 197, 132) == 394
-    assert strips_of(8192, 132) == 512
-    assert strips_of(65537, 132) is None
-    assert strips_of(132 * (LEAST_ROWS - 1), 132) is None
+    assert strips_of(65536, 4096, 132) == 512
+    assert strips_of(65536, 64, 132) == 2048
+    assert strips_of(64 * 197, 768, 132) == 394
+    assert strips_of(8192, 768, 132) == 512
+    assert strips_of(65537, 4096, 132) is None
+    assert strips_of(132 * (LEAST_ROWS - 1), 4096, 132) is None
