@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 
+from dcompile.codegen.triton_launch import loops_nest
 from dcompile.codegen.triton_scan import asked_at_once, look_back_functions, rule_function
 from dcompile.codegen.triton_text import literal, neutral, register_text, rounded, type_text
-from dcompile.codegen.triton_values import INNER, OUTER, Values, is_narrow
+from dcompile.codegen.triton_values import INNER, OUTER, Scope, Values, is_narrow
 from dcompile.errors import CompilerBug
 from dcompile.ir.index import product
 from dcompile.ir.kernel import Fold, Let, Nest, ScanLoop, Scratch, Stmt, Write
@@ -119,6 +120,9 @@ class KernelPrinter(Values):
                 body()
             return
         self._settle()
+        if loops_nest(self.shape):
+            self._nested(axes, body)
+            return
         self.line(f"for r_start in range(0, {self._size(total)}, R):")
         self.depth += 1
         with self.scope():
@@ -127,6 +131,40 @@ class KernelPrinter(Values):
             self._enter("r", INNER, axes)
             body()
         self.depth -= 1
+
+    def _nested(self, axes: tuple[Axis, ...], body: Callable[[], None]) -> None:
+        """The last axis block by block, for every position of the others: only numbers are divided, no elements."""
+        *lead, (var, extent) = axes
+        kind = "tl.int32" if is_narrow(product(tuple(size for _, size in axes))) else "tl.int64"
+        self.line(f"for lead_start in range(0, {self._size(product(tuple(size for _, size in lead)))}):")
+        self.depth += 1
+        self.scopes.append(Scope())
+        self.line(f"lead = tl.cast(lead_start, {kind})")
+        step: Size = 1
+        for number, (symbol, size) in reversed(list(enumerate(lead))):
+            text = "lead" if step == 1 else f"lead // {self._size(step)}"
+            self.extents[symbol] = size
+            text = (
+                text if number == 0 and text == "lead" else self.define(f"({text}) % {self._size(size)}", frozenset())
+            )
+            self.scopes[-1].symbols[symbol] = text
+            step = product((step, size))
+        self.line(f"for r_start in range(0, {self._size(extent)}, R):")
+        self.depth += 1
+        with self.scope():
+            self.line(f"r_in = tl.cast(r_start, {kind}) + tl.arange(0, R)[None, :]")
+            self.line(f"r = lead * {self._size(extent)} + r_in")
+            for name in ("r", "r_in", "r_here"):
+                self.dims[name] = frozenset({INNER})
+            if isinstance(extent, int) and extent % self.launch.inner == 0:
+                self.whole.add("r")
+            else:
+                self.line(f"r_here = r_in < {self._size(extent)}")
+            self.extents[var] = extent
+            self.scopes[-1].symbols[var] = "r_in"
+            body()
+        self.depth -= 2
+        self.scopes.pop()
 
     def _write(self, stmt: Write) -> None:
         value = self.value(stmt.expr)

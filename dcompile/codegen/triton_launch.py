@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -208,6 +209,13 @@ def _product(outer: tuple[Axis, ...], ranges: Sequence[Stmt]) -> ProductAxes | N
     )
 
 
+UNKNOWN_SIZE = 1024
+"""What a size that is not known counts as."""
+
+LEAST_ACROSS = 1 / 8
+"""Share of bytes that run along another axis from which tiles pay: what a few channels or a row hold does not count."""
+
+
 def _strips(outer: tuple[Axis, ...], body: tuple[Stmt, ...]) -> Shape | None:
     """The form of a nest over strips (``schedule.strips``); None for any other nest."""
     serial = [n for n, s in enumerate(body) if isinstance(s, Nest) and set(s.roles) == {Role.SERIAL}]
@@ -249,9 +257,12 @@ def _tile(outer: tuple[Axis, ...], body: tuple[Stmt, ...]) -> tuple[tuple[Axis, 
     for address, itemsize in _accesses(body):
         runs = [n for n, (var, _) in enumerate(outer) if _unit_step(address, var)]
         if runs:
-            along[runs[-1]] = along.get(runs[-1], 0) + itemsize
-    others = {n: nbytes for n, nbytes in along.items() if n != len(outer) - 1}
-    if not others or len(outer) - 1 not in along:
+            touched = (size for var, size in outer if var in address.free_symbols)
+            elements = math.prod(size if isinstance(size, int) else UNKNOWN_SIZE for size in touched)
+            along[runs[-1]] = along.get(runs[-1], 0) + itemsize * elements
+    last = along.get(len(outer) - 1, 0)
+    others = {n: nbytes for n, nbytes in along.items() if n != len(outer) - 1 and nbytes >= LEAST_ACROSS * last}
+    if not others or not last:
         return None
     axis = max(others, key=lambda n: (others[n], n))
     size = outer[axis][1]
@@ -375,6 +386,8 @@ def _cut(shape: Shape, hints: Mapping[sympy.Symbol, int]) -> Launch:
         return Launch(block, whole, True, _warps(block * whole, 512))
     if shape.scratch:
         raise CompilerBug(f"a GPU kernel has scratch memory for rows of {inner} elements")
+    if loops_nest(shape):
+        whole = power_of_two(_extent(shape.inner[-1:], hints))
     return Launch(1, min(LOOP_BLOCK, whole), False, 8)
 
 
@@ -410,6 +423,20 @@ def product_launches(
         waves = -(-programs // (PROGRAMS // 2))
         found.setdefault(Launch(block, width, False, warps, stages, step), float(waves * (block + width + 64)))
     return tuple(sorted(found, key=lambda launch: found[launch]))
+
+
+LEAST_NESTED = 512
+"""Neighbours from which rows of several axes are taken in nested loops: they fill blocks, and nothing is divided."""
+
+
+def loops_nest(shape: Shape) -> bool:
+    """Whether a looped row of several axes has a loop for the last one inside a loop for the others."""
+    if shape.inner is None or len(shape.inner) < 2 or shape.column or shape.tiled or shape.strips is not None:
+        return False
+    if shape.product is not None:
+        return False
+    last = shape.inner[-1][1]
+    return isinstance(last, int) and last >= LEAST_NESTED
 
 
 def _strip_cut(shape: Shape, strips: Strips) -> Launch:

@@ -364,6 +364,16 @@ def strips_case(text: str, tolerance: float = 2e-5, launch: Launch | None = None
     return Case(graph, inputs, tolerance, {0: launch} if launch else None)
 
 
+CHANNELS = """
+graph f(x: f32[6, 3, 530]) {
+  s: f32[3] = reduce max (i0: 3; r0: 6, r1: 530) x[r0, i0, r1]
+  n: f32[3] = reduce sum (i0: 3; r0: 6, r1: 530) abs(x[r0, i0, r1])
+  m: i64[3] = reduce argmax (i0: 3; r0: 6, r1: 530) x[r0, i0, r1]
+  y: f32[6, 3, 530] = pointwise (i0: 6, i1: 3, i2: 530) x[i0, i1, i2] * s[i1]
+  return %s, %n, %m, %y
+}"""
+"""Reductions of a channel: a loop over images, inside it one over pixels."""
+
 COLUMNS = """
 graph f(x: f32[37, 20]) {
   s: f32[20] = reduce sum (i0: 20; r0: 37) x[r0, i0]
@@ -487,6 +497,8 @@ CASES: dict[str, Callable[[], Case]] = {
     "strips_one_row": lambda: strips_case(NORM_GRADIENT, launch=Launch(1, 64, True, 2, 3)),
     "strips_flat": lambda: strips_case(BIAS_GRADIENT),
     "strips_blocks": lambda: strips_case(BIAS_GRADIENT, launch=Launch(4, 32, True, 1, 2)),
+    "channels": lambda: fused_case(CHANNELS),
+    "channels_looped": lambda: fused_case(CHANNELS, launch=replace(LOOPED, block=1, inner=64)),
     "full": lambda: fused_case(FULL),
     "full_looped": lambda: fused_case(FULL, launch=replace(LOOPED, block=1)),
     "count": lambda: fused_case(COUNT),
