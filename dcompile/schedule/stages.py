@@ -22,6 +22,7 @@ from dcompile.ir.types import Size, Value
 from dcompile.schedule.inline import tidy
 from dcompile.schedule.layout import dense_stride
 from dcompile.schedule.loops import coefficient, form_of
+from dcompile.schedule.one_hot import close_one_hot_sums
 from dcompile.schedule.softmax import chunk_softmax
 from dcompile.schedule.split import CPU, Hint, Processor, choose_parts
 from dcompile.schedule.strips import StripFinder
@@ -34,6 +35,9 @@ def split_reductions(graph: Graph, ctx: Context, reuse: bool = True) -> Graph:
         reuse: a reduction of everything that reads reductions of its rows is cut into these rows, so that one kernel
             can do both.
     """
+    if not any(value.device == "cuda" for node in graph.nodes for value in node.defs if isinstance(value, Value)):
+        return graph
+    graph = close_one_hot_sums(graph, ctx)
     graph = chunk_softmax(graph, ctx, lambda node, parts: _by_blocks(graph, node, parts, Hint.INNER, exact=True))
     nodes: list[Node] = []
     strips = StripFinder(graph, ctx)

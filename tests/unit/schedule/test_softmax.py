@@ -86,3 +86,17 @@ def test_chunks_fill_their_blocks() -> None:
     assert chunks_of(50304) == 16
     assert chunks_of(16384) is None
     assert chunks_of(30522) == 8
+
+
+def test_a_sum_with_one_hit_is_closed_before_it_would_be_cut() -> None:
+    text = """
+graph f(label: i64[6]@cuda, s: f32[6]@cuda) {
+  t: f32[6]@cuda = reduce sum (i0: 6; r0: 131072) where(index(r0) == label[i0], s[i0], 0.0:f32)
+  return %t
+}"""
+    after = fused(text)[1]
+    assert [out.name for node in after.nodes for out in node.defs] == ["t"]
+    labels, scale = torch.tensor([0, 131071, 131072, -1, 7, 99]), torch.randn(6)
+    (found,) = run_reference([after], [[labels, scale]])[0]
+    assert isinstance(found, torch.Tensor)
+    torch.testing.assert_close(found, scale * torch.tensor([1.0, 1.0, 0.0, 0.0, 1.0, 1.0]))
