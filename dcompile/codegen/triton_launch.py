@@ -141,6 +141,7 @@ class Shape:
         strips: outer positions are strips of rows; ``body`` is that of one row.
         tiles: of a scan whose inner range is divided among programs.
         product: of a matrix product, whose inner range is summed in blocks; a program makes a tile of the result.
+        row_blocks: ``tiled``, but because there are values of a whole row, which each program computes once a row.
     """
 
     outer: tuple[Axis, ...]
@@ -152,6 +153,7 @@ class Shape:
     strips: Strips | None = None
     tiles: Tiles | None = None
     product: ProductAxes | None = None
+    row_blocks: bool = False
 
 
 def shape_of(kernel: Kernel) -> Shape:
@@ -177,6 +179,9 @@ def shape_of(kernel: Kernel) -> Shape:
     if inner is None and (tile := _tile(outer, body)) is not None:
         rest, last = tile
         return Shape(rest, (last,), (Nest((last,), (Role.SIMD,), body),), False, False, tiled=True)
+    if inner is None and _has_row_values(outer, body):
+        nest = Nest(outer[-1:], (Role.SIMD,), body)
+        return Shape(outer[:-1], outer[-1:], (nest,), False, False, tiled=True, row_blocks=True)
     if inner is not None:
         body = tuple(_over(stmt, inner) for stmt in body)
     tiles = next((s.tiles for s in ranges if isinstance(s, ScanLoop)), None)
@@ -207,6 +212,21 @@ def _product(outer: tuple[Axis, ...], ranges: Sequence[Stmt]) -> ProductAxes | N
     return ProductAxes(
         tuple(kinds.get((True, True), ())), rows, tuple(kinds.get((False, True), ())), accumulators[0].expr.dtype
     )
+
+
+SHORTEST_ROW = 256
+"""Elements of a row from which a value of the whole row is worth computing once a row."""
+
+
+def _has_row_values(outer: tuple[Axis, ...], body: tuple[Stmt, ...]) -> bool:
+    """Whether a flat body over long rows reads what depends on the row alone: a channel's mean, a token's label."""
+    if len(outer) < 2 or not isinstance(outer[-1][1], int) or outer[-1][1] < SHORTEST_ROW:
+        return False
+    if not all(isinstance(stmt, Let | Write) for stmt in body):
+        return False
+    last, rows = outer[-1][0], {var for var, _ in outer[:-1]}
+    found = (load.index[0].free_symbols for root in expressions(body) for load in ex.loads(root) if not load.bind)
+    return any(last not in variables and variables & rows for variables in found)
 
 
 UNKNOWN_SIZE = 1024
@@ -363,6 +383,8 @@ def _cut(shape: Shape, hints: Mapping[sympy.Symbol, int]) -> Launch:
         return Launch(block, 0, False, max(1, min(warps, block // 64)))
     if shape.strips is not None:
         return _strip_cut(shape, shape.strips)
+    if shape.row_blocks:
+        return _row_block_cut(shape, outer)
     if shape.tiled:
         return Launch(*TILE, False, TILE_WARPS)
     if shape.product is not None:
@@ -437,6 +459,18 @@ def loops_nest(shape: Shape) -> bool:
         return False
     last = shape.inner[-1][1]
     return isinstance(last, int) and last >= LEAST_NESTED
+
+
+ROW_BLOCKS = (1024, 512, 256)
+"""Elements of a row that a program takes; the first that wastes fewest lanes."""
+
+
+def _row_block_cut(shape: Shape, rows: int) -> Launch:
+    """Blocks of rows, 16 elements a thread."""
+    columns = _extent(shape.inner or (), {})
+    inner = min(ROW_BLOCKS, key=lambda n: (round(-(-columns // n) * n / columns, 1), ROW_BLOCKS.index(n)))
+    block = max(1, min(ROW_TILE // inner, power_of_two(rows)))
+    return Launch(block, inner, False, _warps(block * inner, 512))
 
 
 def _strip_cut(shape: Shape, strips: Strips) -> Launch:

@@ -42,7 +42,7 @@ COS_FRAME_BYTES = 32
 GROUPS = 4
 """Processes the interpreted cases are divided among: each imports torch and Triton, as long as its cases take."""
 
-FORMS = ("strips", "strips_flat",
+FORMS = ("strips", "strips_flat", "channels_looped", "row_values",
          "softmax", "softmax_looped", "dynamic", "columns", "columns_looped", "argmax_f32", "any", "stored_looped",
          "full", "batch", "cumsum", "cummin_looped", "gather", "padded", "transposed_large",
          "transposed_batches", "atomic_f32", "randn", "to_bf16", "ops_bool")  # fmt: skip

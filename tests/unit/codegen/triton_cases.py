@@ -374,6 +374,14 @@ graph f(x: f32[6, 3, 530]) {
 }"""
 """Reductions of a channel: a loop over images, inside it one over pixels."""
 
+ROW_VALUES = """
+graph f(x: f32[5, 3, 300], label: i64[5, 3], m: f32[3]) {
+  c: f32[5, 3, 300] = pointwise (i0: 5, i1: 3, i2: 300) where(index(i2) == label[i0, i1], 1.0:f32, x[i0, i1, i2])
+  y: f32[5, 3, 300] = pointwise (i0: 5, i1: 3, i2: 300) c[i0, i1, i2] * m[i1]
+  return %y
+}"""
+"""Values of a whole row in a loop without reductions."""
+
 COLUMNS = """
 graph f(x: f32[37, 20]) {
   s: f32[20] = reduce sum (i0: 20; r0: 37) x[r0, i0]
@@ -497,6 +505,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "strips_one_row": lambda: strips_case(NORM_GRADIENT, launch=Launch(1, 64, True, 2, 3)),
     "strips_flat": lambda: strips_case(BIAS_GRADIENT),
     "strips_blocks": lambda: strips_case(BIAS_GRADIENT, launch=Launch(4, 32, True, 1, 2)),
+    "row_values": lambda: fused_case(ROW_VALUES),
     "channels": lambda: fused_case(CHANNELS),
     "channels_looped": lambda: fused_case(CHANNELS, launch=replace(LOOPED, block=1, inner=64)),
     "full": lambda: fused_case(FULL),
