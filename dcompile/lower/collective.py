@@ -24,12 +24,21 @@ def _ops(*names: str) -> tuple[str, ...]:
 
 
 def group_of(b: Lowering, name: Any, size: Any) -> Group:
-    """The group slot of a process group; ``size`` is its rank count, or None where the op does not tell."""
+    """The group slot of a process group; ``size`` is its rank count, or None where the op does not tell.
+
+    Raises:
+        Unsupported: this rank has no such group.
+    """
     label = next((known for known, held in b.group_names.items() if str(held) == str(name)), None)
     if label is None:
         label = f"g{len(b.group_names)}"
         b.group_names[label] = name
-    return Group(label, b.sizes.hint(size) if isinstance(size, int | sympy.Expr) else int(b.group_size(name)))
+    if isinstance(size, int | sympy.Expr):
+        return Group(label, b.sizes.hint(size))
+    try:
+        return Group(label, int(b.group_size(name)))
+    except Unsupported as error:  # raised where nobody knows the user's line
+        raise Unsupported(b.origin, error.what, error.instead) from None
 
 
 def contiguous(b: Lowering, value: Value) -> Value:

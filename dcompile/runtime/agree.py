@@ -97,9 +97,13 @@ def agree_on(teams: Mapping[str, Team], graph: str, fingerprint: str, lines: Seq
 
 
 def _notice(graph: str, group: str, members: Sequence[int], lines: Sequence[str], here: Board) -> Notice:
+    return here.blocked("agrees", f"{graph}{_first_collective(lines)}", group, here.agreed[group], members)
+
+
+def _first_collective(lines: Sequence[str]) -> str:
+    """Part of a sentence that tells which program is meant; "" for one without collectives."""
     collectives = [line for line in lines if "(" in line.split("  # ")[0]]
-    first = f", whose first collective is {collectives[0].strip()}," if collectives else ""
-    return here.blocked("agrees", f"{graph}{first}", group, here.agreed[group], members)
+    return f", whose first collective is {collectives[0].strip()}," if collectives else ""
 
 
 def agree(
@@ -131,6 +135,7 @@ def agree(
     """
     until = time.monotonic() + deadline_s
     exchange = _Exchange(store, rank, world, until, deadline_s, key, lookout or Lookout(None, _nobody))
+    exchange.about = _first_collective(lines)
     prints = exchange.all("fingerprint", fingerprint)
     if len(set(prints)) == 1:
         return
@@ -201,6 +206,8 @@ class _Exchange:
     ) -> None:
         self._store, self._rank, self._world = store, rank, world
         self._until, self._deadline_s, self._key, self._lookout = until, deadline_s, key, lookout
+        self.about = ""
+        """More about the program, for messages."""
 
     def all(self, topic: str, value: str) -> list[str]:
         """The values of all ranks in rank order."""
@@ -222,9 +229,10 @@ class _Exchange:
         while not self._store.check(keys):
             if time.monotonic() >= self._until:
                 missing = [rank for rank, key in enumerate(keys) if not self._store.check([key])]
+                program = self._key.split("/")[0] + self.about
                 raise DeadlineExceeded(
                     f"rank {self._rank}: rank{'s' if len(missing) != 1 else ''} {', '.join(map(str, missing)) or '?'} "
-                    f"did not come with a program for {self._key.split('/')[0]} within {self._deadline_s:g} s; "
+                    f"did not come with a program for {program} within {self._deadline_s:g} s; "
                     f"every rank must compile it, equally often\n{self._lookout.report(missing)}".rstrip()
                 )
             self._lookout.look()

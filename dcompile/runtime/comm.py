@@ -140,10 +140,12 @@ def find_group(name: Any) -> dist.ProcessGroup:
     try:
         return dist.distributed_c10d._resolve_process_group(name)  # type: ignore[attr-defined]
     except (RuntimeError, ValueError, KeyError, AttributeError, TypeError):
+        where = f"rank {world.rank()}" if world is not None else "this rank"
         raise Unsupported(
             None,
-            f"process group {name!r}, which does not exist on this rank,",
-            "call torch.distributed.init_process_group (and new_group) before running the compiled program",
+            f"process group {name!r}, which does not exist on {where},",
+            "call torch.distributed.init_process_group (and new_group, with this rank in it) before running the "
+            "compiled program",
         ) from None
 
 

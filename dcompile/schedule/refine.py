@@ -37,6 +37,8 @@ def refine(
         held_bytes: most bytes that a bucket of several may hold in flight.
     """
     best_us, best = min(starts, key=lambda start: start[0])
+    if tries == 0:
+        return best_us, best
     seen = {_same(buckets) for _, buckets in starts}
     for us, buckets in sorted(starts, key=lambda start: start[0]):
         way: tuple[float, Buckets] | None = us, buckets
