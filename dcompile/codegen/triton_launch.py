@@ -424,6 +424,9 @@ reads rows + columns of each for rows times columns products."""
 PRODUCT_SHARED_BYTES = 160 * 1024
 """Most bytes of operands in flight: what a program may have in shared memory on every GPU with bf16 matrix units."""
 
+LARGEST_WIDE_TILE = 128 * 128
+"""Most elements of a tile of 4-byte operands: 128 x 256 spill registers on an H100."""
+
 LEAST_TILE = 16
 """Shortest side of a tile that matrix units take."""
 
@@ -437,6 +440,8 @@ def product_launches(
     summed, itemsize = _extent(inner, hints), product_axes.dtype.itemsize
     found: dict[Launch, float] = {}
     for block, width, step, warps, stages in PRODUCT_TILES:
+        if itemsize > 2 and block * width > LARGEST_WIDE_TILE:
+            continue
         block, width = (max(LEAST_TILE, min(n, power_of_two(m))) for n, m in ((block, rows), (width, columns)))
         step = max(LEAST_TILE, min(step * 2 // itemsize, power_of_two(summed)))
         while stages > 2 and stages * step * (block + width) * itemsize > PRODUCT_SHARED_BYTES:

@@ -2,7 +2,8 @@
 
 Where memory runs along the scanned axis, each outer position is one loop; where it runs along another axis, that axis
 is the lanes and all of them step together. On a GPU a long loop of few positions is cut into tiles that run side by
-side and tell each other what they come to.
+side and tell each other what they come to. How far a tile looks back depends on timing, and with it the order in which
+floats are added: the last bits of long running sums may differ from run to run, as the library's on a GPU do.
 """
 
 from __future__ import annotations

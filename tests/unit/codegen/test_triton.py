@@ -25,8 +25,10 @@ from tests.unit.codegen.triton_cases import (
     LAYER_NORM,
     STORED,
     fused_case,
+    linear,
     module_of,
     on_cuda,
+    product_case,
     softmax_case,
     split_scan_case,
 )
@@ -48,6 +50,7 @@ FORMS = ("strips", "strips_flat", "channels_looped", "row_values",
          "transposed_batches", "atomic_f32", "randn", "to_bf16", "ops_bool")  # fmt: skip
 
 
+@pytest.mark.row("E3", "N4")
 @pytest.mark.parametrize("group", range(GROUPS))
 def test_interpreted_kernels_equal_the_reference(group: int) -> None:
     names = list(CASES)[group::GROUPS]
@@ -93,6 +96,23 @@ def test_long_scans_of_few_rows_are_cut_and_stay_in_registers(
     for kernel in (clear, scan):
         assert 0 < kernel["registers"] <= MOST_REGISTERS
         assert kernel["frame_bytes"] == 0
+
+
+@pytest.mark.row("N4")
+@pytest.mark.parametrize("capability", [AMPERE, HOPPER])
+@pytest.mark.parametrize(("dtype", "tf32"), [("bf16", False), ("f32", True)])
+def test_products_use_matrix_units_and_stay_in_registers(
+    dtype: str, tf32: bool, capability: int, tmp_path: Path
+) -> None:
+    text = linear(4096, 3072, 768, dtype, right="{1, 768}")
+    module = module_of(product_case(text, tf32=tf32))
+    compile_module(module.source, module.signatures, tmp_path, capability)
+    (kernel,) = json.loads((tmp_path / KERNELS).read_text())["kernels"]
+    assert int(kernel["programs"]) == -(-4096 // kernel["block"]) * -(-3072 // kernel["inner"])
+    assert kernel["block"] * kernel["inner"] >= 128 * 128
+    assert 0 < kernel["registers"] <= MOST_REGISTERS
+    assert kernel["frame_bytes"] == 0
+    assert kernel["shared_bytes"] <= 227 * 1024
 
 
 def test_a_spill_is_seen(tmp_path: Path) -> None:
