@@ -86,7 +86,7 @@ def _cheapest(graph: Graph, before: Sequence[tuple[int, ...]], members: list[Mem
     best_us, chosen = starts[best]
     if best_us > CLOSE * sum(prepare(graph, ctx.costs, ctx.prices).cost):  # else nothing to speak of is exposed
         tries = tries_for(len(graph.nodes))
-        best_us, chosen = refine([starts[best], *starts], makespan_us, tries, GAIN, ctx.options.in_flight_bytes)
+        best_us, chosen = refine([starts[best], *starts], makespan_us, tries, GAIN, ctx.options.in_flight_bytes // IN_FLIGHT)
     if chosen != starts[best][1]:
         best = len(starts)
         starts.append((best_us, chosen))
