@@ -105,15 +105,14 @@ def compile(function: F, *, dynamic: bool | None = None, fullgraph: bool = False
     Args:
         function: a module or a function. A module that ``torch.distributed.fsdp.fully_shard`` was applied to goes
             through ``fully_sharded`` first, so that its communication is part of the program; no more of it is in
-            flight at once than in eager, unless ``peak_memory_bytes`` says what may be used.
+            flight at once than in eager.
         dynamic, fullgraph: as in ``torch.compile``.
         options: fields of ``dcompile.Options``.
     """
     chosen = Options.from_env(options)
     if isinstance(function, torch.nn.Module) and is_fully_sharded(function):
         sharded = fully_sharded(function, peak_memory_bytes=chosen.peak_memory_bytes)
-        if chosen.peak_memory_bytes is None:
-            chosen = replace(chosen, in_flight_bytes=min(chosen.in_flight_bytes, sharded.ahead_bytes))
+        chosen = replace(chosen, in_flight_bytes=min(chosen.in_flight_bytes, sharded.ahead_bytes))
         function = sharded  # type: ignore[assignment]
     return torch.compile(function, dynamic=dynamic, fullgraph=fullgraph, backend=backend(chosen))  # type: ignore[return-value]
 

@@ -26,7 +26,7 @@ from dcompile.schedule.list_schedule import list_schedule
 from dcompile.schedule.live import footing, peak_bytes, room_bytes
 from dcompile.schedule.merge import Bucket, Member, depended_on, merge, true_predecessors
 from dcompile.schedule.overlap import CLOSE, GAIN, PEAK_FACTOR, POLICIES, best_schedule, program_order
-from dcompile.schedule.prefetch import prefetch
+from dcompile.schedule.prefetch import prefetch, wait_in_time
 from dcompile.schedule.refine import Buckets, refine, tries_for
 from dcompile.schedule.simulate import Problem, lower_bound, prepare, simulate, tails
 
@@ -66,7 +66,9 @@ def bucket_collectives(graph: Graph, ctx: Context) -> Graph:
 
 def _ahead(graph: Graph, ctx: Context) -> Graph:
     """``graph`` with its gathers where they are due, if there is room for them."""
-    moved, room = prefetch(graph, ctx.costs, ctx.prices), room_bytes(graph, ctx.options.peak_memory_bytes)
+    room = room_bytes(graph, ctx.options.peak_memory_bytes)
+    moved = prefetch(graph, ctx.costs, ctx.prices, ctx.options.in_flight_bytes)
+    moved = wait_in_time(moved, ctx.options.in_flight_bytes)
     order = range(len(graph.nodes))
     return graph if room is not None and peak_bytes(footing(moved), order) > room else moved
 

@@ -16,7 +16,7 @@ import sympy
 from dcompile.analyse.alias import Strided, shared_storage, storage_roots, strided_views
 from dcompile.analyse.context import Context
 from dcompile.analyse.lifetime import lifetimes
-from dcompile.collectives.nodes import Start, Via
+from dcompile.collectives.nodes import Kind, Start, Via
 from dcompile.errors import CompilerBug
 from dcompile.ir.graph import Graph, hint
 from dcompile.ir.index import as_size
@@ -358,15 +358,18 @@ def _frees(planner: _Planner, names: dict[str, str]) -> dict[int, tuple[str, ...
 
 
 def _staging(graph: Graph) -> dict[int, int]:
-    """Change of bytes at positions: gloo sends and receives several tensors at once through flat buffers of its own."""
+    """Change of bytes at positions by memory that collectives on CPUs use besides: flat buffers for several tensors at
+    once, and a copy of what is reduced and scattered."""
     change: dict[int, int] = {}
     for position, node in enumerate(graph.nodes):
-        if not isinstance(node, Start) or len(node.sources) < 2 or node.pending.in_place:
+        if not isinstance(node, Start) or node.pending.in_place or graph.value(node.sources[0]).device != "cpu":
             continue
-        if graph.value(node.sources[0]).device == "cpu":
-            held, end = carried_bytes(graph, node), graph.users[node.pending.name][0] + 1
-            change[position] = change.get(position, 0) + held
-            change[end] = change.get(end, 0) - held
+        flat = carried_bytes(graph, node) if len(node.sources) > 1 else 0
+        results = sum(hint(as_size(value.nbytes), graph.size_hints) for value in node.pending.results)
+        copied = carried_bytes(graph, node) - results if node.kind is Kind.REDUCE_SCATTER else 0
+        end = graph.users[node.pending.name][0] + 1
+        change[position] = change.get(position, 0) + flat + copied
+        change[end] = change.get(end, 0) - flat - copied
     return change
 
 
