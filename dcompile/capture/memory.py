@@ -87,7 +87,8 @@ class Recording:
         if wrapped:
             self.refusal = "Python objects go around the program"
         if kind != "backward":
-            self.metadata = TracingContext.get().fw_metadata
+            context = TracingContext.try_get()  # there is none outside torch.compile
+            self.metadata = None if context is None else context.fw_metadata
             if self.metadata is not None:
                 self.metadata.bw_donated_idxs = []  # what is saved is autograd's, so that a graph can be retained
 

@@ -94,6 +94,19 @@ def test_graph_can_be_retained() -> None:
     torch.testing.assert_close(first, second, rtol=0, atol=0)
 
 
+def test_graph_can_be_retained_after_one_that_was_not() -> None:
+    x, w = torch.randn(8, 8), torch.randn(8, 8, requires_grad=True)
+    f = torch.compile(lambda x, w: torch.tanh(x @ w).exp().sum(), backend=EagerBackend())
+    f(x, w).backward()
+    once = w.grad
+    w.grad = None
+    loss = f(x, w)
+    loss.backward(retain_graph=True)
+    loss.backward()
+    assert once is not None
+    torch.testing.assert_close(w.grad, 2 * once)
+
+
 def test_input_mutation_is_a_copy_at_the_end() -> None:
     def f(x: torch.Tensor) -> torch.Tensor:
         x.mul_(3)
