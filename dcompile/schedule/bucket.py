@@ -87,8 +87,8 @@ def _cheapest(graph: Graph, before: Sequence[tuple[int, ...]], members: list[Mem
             best = len(starts) - 1
     best_us, chosen = starts[best]
     if best_us > CLOSE * sum(prepare(graph, ctx.costs, ctx.prices).cost):  # else nothing to speak of is exposed
-        tries = tries_for(len(graph.nodes))
-        best_us, chosen = refine([starts[best], *starts], makespan_us, tries, GAIN, ctx.options.in_flight_bytes // IN_FLIGHT)
+        tries, held = tries_for(len(graph.nodes)), ctx.options.in_flight_bytes // IN_FLIGHT
+        best_us, chosen = refine([starts[best], *starts], makespan_us, tries, GAIN, held)
     if chosen != starts[best][1]:
         best = len(starts)
         starts.append((best_us, chosen))
