@@ -26,6 +26,7 @@ READ = {
     "cache_dir": ("CACHE_DIR", "a/cache", Path("a/cache")),
     "bucket_bytes": ("BUCKET_BYTES", "4096", 4096),
     "in_flight_bytes": ("IN_FLIGHT_BYTES", "1048576", 1048576),
+    "peak_memory_bytes": ("PEAK_MEMORY_BYTES", "1073741824", 2**30),
     "deadline_s": ("DEADLINE_S", "2.5", 2.5),
     "flight_dir": ("FLIGHT_DIR", "some/flights", Path("some/flights")),
     "progress_dir": ("PROGRESS_DIR", "some/progress", Path("some/progress")),
@@ -119,7 +120,8 @@ def test_the_cache_folder_follows_the_users_settings(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("name", READ)
 def test_what_changes_programs_is_part_of_every_cache_key(name: str) -> None:
     changed = replace(Options(), **{name: READ[name][2]}).affects_code() != Options().affects_code()
-    changing = {"eager_ops", "skip", "bucket_bytes", "in_flight_bytes", "assert_layouts", "freeze", "autotune"}
+    changing = {"eager_ops", "skip", "bucket_bytes", "in_flight_bytes", "peak_memory_bytes", "assert_layouts"}
+    changing |= {"freeze", "autotune"}
     assert changed == (name in changing)
 
 

@@ -342,8 +342,22 @@ def test_five_thousand_steps_take_about_a_second() -> None:
     assert min(seconds) < 2.0, f"{min(seconds):.2f} s"
 
 
+def test_v15_the_memory_of_an_input_is_taken_while_it_is_needed() -> None:
+    text = program(kernel("a", "x", inplace="x"), kernel("out", "a"), returns="%out")
+    free = make(text)
+    taken = {**free.storages, "a": Storage("a", Home.FRESH, 64, "cpu", donor="x")}
+    plan = replace(free, storages=taken, slots={**free.slots, "a": Slot("a")})
+    verify(plan)
+    read_later = make(program(kernel("a", "x", inplace="x"), kernel("b", "x"), kernel("out", "a"), returns="%out, %b"))
+    later = {**read_later.storages, "a": taken["a"]}
+    spoilt = replace(read_later, storages=later, slots={**read_later.slots, "a": Slot("a")})
+    broken(spoilt, "V15", "a takes the memory of x")
+    twice = {**taken, "out": replace(taken["a"], name="out")}
+    broken(replace(plan, storages=twice), "V15", "two storages")
+
+
 def test_every_rule_has_a_seeded_bug_of_its_own() -> None:
     rules = re.findall(r"^- (V\d+) ", inspect.getdoc(verifier) or "", flags=re.MULTILINE)
     tests = "".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
-    assert len(rules) == 14
+    assert len(rules) == 15
     assert [rule for rule in rules if f'"{rule}"' not in tests] == []
